@@ -220,7 +220,7 @@ def test_a_text_that_is_changed_or_without_loss_stops(fault: str, tmp_path: Path
             return found
 
     ours = Other(PLAIN, max_length=-1)
-    with pytest.raises(ConfigError, match='a.jsonl:1: the row is plain text, and its trained ids are not those of'):
+    with pytest.raises(ConfigError, match='a.jsonl:1: the trained ids of this plain-text row should be the tokenizer'):
         prove_template(ours, [text_row('a </s> b' if fault == 'control' else 'blue')], tmp_path)
 
 

@@ -196,7 +196,7 @@ def test_native_directory_of_other_shapes(tmp_path: Path, data_file: Path, probl
     replace_tensor(folder, 'model.layers.0.mlp.up_proj.weight', lambda tensor: tensor[:-1])
     assert llm_sft.main(small_flags(folder, data_file, tmp_path / 'out')) == 2
     assert len(problems()) == 1
-    assert f'{folder} as LlamaForCausalLM has 1 mismatched tensors: ' in problems()[0]
+    assert f'{folder}, read as LlamaForCausalLM, has 1 mismatched tensors: ' in problems()[0]
     assert 'model.layers.0.mlp.up_proj.weight' in problems()[0]
 
 

@@ -535,7 +535,7 @@ def test_command_that_names_a_file_is_read_with_its_changes(migrate, write) -> N
         ("swift sft --model 'a", 'a.sh', 'a line of the command cannot be read (No closing quotation)'),
         ('swift rlhf --rlhf_type grpo', 'a.sh', 'swift rlhf: only supervised fine-tuning'),
         ('axolotl train gone.yml', 'a.sh', 'the file of the command is not there'),
-        ('x' * (2**20 + 1), 'a.yaml', 'this file is larger than a recipe'),
+        ('x' * (2**20 + 1), 'a.yaml', 'this file is too large to be a recipe'),
     ],
 )  # fmt: skip
 def test_what_is_no_recipe_is_refused(

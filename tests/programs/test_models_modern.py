@@ -320,7 +320,7 @@ def test_a_checkpoint_without_its_language_model_is_refused(tmp_path: Path) -> N
     assert len(dropped) == 1
     save_file({k: v for k, v in state.items() if k not in dropped}, tmp_path / 'model.safetensors', {'format': 'pt'})
     with pytest.raises(
-        ConfigError, match=r'lacks 1 weights of Gemma3ForCausalLM, first model.layers.1.self_attn.q_proj'
+        ConfigError, match=r'lacks 1 weights of Gemma3ForCausalLM, for example model.layers.1.self_attn.q_proj'
     ):
         get_text_model_tokenizer(tmp_path, MODEL_MAPPING[key], LoadOptions(torch_dtype=torch.float32))
 

@@ -45,9 +45,9 @@ _PREFIX = 'rows_over_'
 def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the keyword arguments besides input_ids for a forward pass of concatenated rows with ids (1, T).
 
-    If the model uses the attention of this module, the only argument is an attention mask of ones. The attention
-    ignores this mask. Without a mask, transformers would search for rows in position_ids, and the CPU would wait for
-    the device. If the model uses the package flash-attn, which needs this search, {} is returned.
+    For the attention of this module, the only argument is an attention mask of ones. The attention ignores this mask.
+    Without a mask, transformers would search position_ids for the starts of rows, and the CPU would wait for the
+    device. The package flash-attn needs the result of this search. So {} is returned for this package.
     """
     uses_rows = model.config._attn_implementation.startswith(_PREFIX)
     return {'attention_mask': torch.ones_like(ids)} if uses_rows else {}

@@ -127,10 +127,10 @@ class _Selected(torch.autograd.Function):
 
 @contextmanager
 def head_input(head: Head, positions_P: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """A context that yields a list, to which the hidden states (P, C) that reach the head are appended.
+    """A context that yields a list, in which it collects the last hidden states (P, C) at `positions_P`.
 
-    Only the hidden states at `positions_P` are kept. They are indices into all positions of the batch, row after row,
-    and no two are equal. The head itself gets an input with zero positions, so it costs no time or memory.
+    `positions_P` has different indices into all positions of the batch, row after row. The head itself gets an empty
+    input instead, so it costs no time or memory.
     """
     collected: list[torch.Tensor] = []
 
@@ -282,7 +282,7 @@ def _losses_and_gradient(
     factor: float,
     buffers: _Buffers,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return -log p(target) of each position (N), and the gradient of the products of the head (N, V), both in fp32.
+    """Return -log p(target) of each position (N), and the gradient with respect to W h + b (N, V), in fp32.
 
     The gradient is that of the sum of the losses, multiplied by `factor`. It is in a buffer that the next chunk
     overwrites.

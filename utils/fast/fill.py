@@ -23,8 +23,9 @@ _FEWEST_TOKENS = 256
 def can_fill(model: Any) -> bool:
     """Return whether tokens can be added after the concatenated rows of this model.
 
-    This is so on a CPU, except for models with recurrent layers, which compute each row separately, and for models with
-    experts or 8-bit layers of bitsandbytes, where added tokens could change the rounding of other tokens.
+    The model must be on a CPU. It must have no recurrent layers, because they compute each row separately. It must have
+    no experts and no 8-bit layers of bitsandbytes. In such layers, added tokens could change the rounding of other
+    tokens.
     """
     types = set(model.config.get_text_config().to_dict().get('layer_types') or ())
     return bool(model.device.type == 'cpu') and not types & RECURRENT and not groups_tokens(model)

@@ -47,11 +47,11 @@ def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class _FlashRows(torch.autograd.Function):
-    """Causal attention of rows by torch's flash kernels, with a window and with sinks.
+    """Causal attention inside each row by torch's flash-attention kernels, with a window and with sinks.
 
     A sink is one more score in the softmax of a head, without a value. The kernels do not support sinks. So the forward
-    pass multiplies the output of the kernel by the share of the softmax that the sink leaves to the keys. The backward
-    kernel gets this output and the logsumexp of the scores with the sink. From them it computes the right gradients.
+    pass multiplies the output of the kernel by 1 minus the softmax weight of the sink. The backward kernel gets this
+    product and a logsumexp that includes the sink. With these inputs, its gradients are right.
     """
 
     @staticmethod

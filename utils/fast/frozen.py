@@ -59,7 +59,7 @@ def path_of(layer: nn.Module) -> str:
 
 
 def find_weight(layer: nn.Module) -> WeightOf | None:
-    """Return the function that returns the weight of a layer, or None if its class is not known."""
+    """Return a function that gives the weight of a layer. Returns None if the class of the layer is not known."""
     return _FUNCTIONS.get(path_of(layer))
 
 

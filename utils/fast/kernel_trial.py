@@ -23,8 +23,8 @@ from utils.cli.resolution import log_decision
 Step = Callable[..., torch.Tensor]
 # Takes queries and keys (B, H, T, D), and cosines and sines (B, T, R). Returns the rotated queries and keys.
 Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-# Takes logits (N, V), targets (N) and a factor. Returns -log p(target) of each position, and overwrites the logits with
-# the gradient of the sum of these losses, multiplied by the factor.
+# Takes raw logits (N, V), targets (N) and a factor. Returns -log p(target) of each position, and overwrites the logits
+# with the gradient of the sum of these losses, multiplied by the factor.
 LossStep = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 # The classes of the activation silu in torch and in transformers.
 _SILU = ('torch.nn.modules.activation.SiLU', 'transformers.activations.SiLUActivation')
@@ -122,7 +122,7 @@ def rotary_kernel(case: RotaryCase, device: torch.device, plain: Rotation) -> Ro
 def rotary_inputs(case: RotaryCase, device: torch.device, *, tokens: int = _ROWS) -> list[torch.Tensor]:
     """Return random queries (1, H, T, D), keys, cosines (1, T, R) and sines for a case.
 
-    As in the classes, heads come after tokens in memory.
+    As in the attention classes, queries and keys are transposed views of tensors (1, T, H, D).
     """
     query, key = (
         _values(tokens, heads * case.width, case.dtype, device).view(1, tokens, heads, case.width).transpose(1, 2)
@@ -143,7 +143,7 @@ def loss_kernel(
 ) -> LossStep | None:
     """Return the kernel that computes the loss and overwrites the logits with their gradient, or None if not possible.
 
-    The logits that the kernel takes are the products of the output head. `scale` and `cap` are those of the head.
+    The kernel takes the raw result of the head's matrix product. It applies `scale` and `cap` of the head itself.
     """
     if device.type != 'cuda' or dtype not in _DTYPES:
         return None
@@ -212,7 +212,10 @@ def _passes(name: str, load: Callable[[], Step], plain: Step, inputs: Sequence[t
 
 
 def _is_used(name: str, trial: Callable[[], str | None]) -> bool:
-    """Return whether the trial of a kernel returns None, which means that it passed. The result is logged."""
+    """Run the trial of a kernel, log its result, and return whether it passed.
+
+    `trial` returns the failure in words. It returns None if the kernel passes.
+    """
     try:
         failure = trial()
     except Exception as raised:  # a kernel that cannot be built or started may raise any exception
@@ -240,7 +243,10 @@ def _difference(ours: Step, plain: Step, inputs: Sequence[torch.Tensor]) -> str 
 
 
 def _output_error(out: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """Return in words by how much an output differs, or None if only by rounding. `dtype` is that of the inputs."""
+    """Return in words by how much `out` differs from `wanted`. Returns None if they differ by no more than rounding.
+
+    `dtype` is the dtype of the inputs.
+    """
     if out.dtype != wanted.dtype:
         return f'its output is {out.dtype} instead of {wanted.dtype}'
     # A norm may round inside to the dtype of its input, which may be smaller than the dtype of its output.
@@ -253,7 +259,10 @@ def _output_error(out: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -
 
 
 def _gradient_error(grads: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
-    """Return in words by how much a gradient differs, or None if only by rounding."""
+    """Return in words by how much a gradient differs from the wanted one. Returns None if only rounding differs.
+
+    `dtype` is the dtype of the inputs.
+    """
     for grad, wanted_grad in zip(grads, wanted, strict=True):
         error = float((grad.double() - wanted_grad.double()).norm() / wanted_grad.double().norm())
         if not error <= _BOUND[dtype]:

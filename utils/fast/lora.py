@@ -137,7 +137,7 @@ def fuse_lora(model: nn.Module) -> tuple[int, int]:
 
 
 def _find_weight(layer: LoraLayer) -> WeightOf | None:
-    """Return the function that returns the weight of a LoRA layer's base, or None if the layer cannot be fused."""
+    """Return a function that gives the base weight of a LoRA layer. Returns None if the layer cannot be fused."""
     if layer.lora_variant or any(layer.lora_bias.values()) or path_of(layer) not in _PEFT_LAYERS:
         return None
     return find_weight(layer.base_layer)

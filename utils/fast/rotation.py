@@ -1,8 +1,8 @@
 """Rotates queries and keys by their positions in one pass (rotary embedding), where a Triton kernel passes its trial.
 
-The attention classes of transformers call the function `apply_rotary_pos_emb` of their module. A fused layer runs the
-same forward, but there this name is a function that uses the kernel. The module itself is not changed, so all other
-models of the process keep the function of the class.
+The forward of an attention class of transformers calls the function `apply_rotary_pos_emb` of its module. A fused layer
+runs a copy of this forward, in which the name `apply_rotary_pos_emb` stands for a function that uses the kernel. The
+module is not changed, so all other models of the process keep the original function.
 
 Shapes in names: B rows, H heads, T tokens, D width of a head, R width of its rotated part (the first R of D values).
 """
@@ -32,8 +32,8 @@ class _FusedRotary(nn.Module):
 def fuse_rotary(model: nn.Module) -> int:
     """Replace the forward of a model's attention layers, and return the number of replaced layers.
 
-    The new forward uses the kernel for rotary embedding if it can be used. A layer is replaced only if the function of
-    its module gives bitwise the same results as the function of Llama on a test input.
+    The new forward uses the kernel for rotary embedding where the kernel can run. A layer gets it only if
+    `apply_rotary_pos_emb` of its module gives bitwise the same results as the function of Llama on test inputs.
     """
     fused = 0
     for layer in list(model.modules()):
@@ -49,9 +49,9 @@ def fuse_rotary(model: nn.Module) -> int:
 
 @lru_cache(maxsize=256)
 def _mixin_for(kind: type[nn.Module]) -> type[_FusedRotary] | None:
-    """Return a mixin with the forward of this class, in which rotary embedding uses the kernel.
+    """Return a mixin whose forward is a copy of the forward of `kind` that uses the kernel for rotary embedding.
 
-    Returns None if the class does not call a function like that of Llama.
+    Returns None if the forward of `kind` does not call a function that computes like `apply_rotary_pos_emb` of Llama.
     """
     forward = kind.forward
     if not isinstance(forward, types.FunctionType) or _NAME not in forward.__code__.co_names:
@@ -102,7 +102,10 @@ def _rotated(x_BHTD: torch.Tensor, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor)
 
 
 def rotation_over(plain: Rotation) -> Rotation:
-    """Return a function that computes like `plain`, a function of a class, by the kernel where it can be used."""
+    """Return a replacement for `plain`, the rotation function of an attention class.
+
+    The replacement calls the kernel where the kernel can be used, and `plain` elsewhere.
+    """
 
     def rotate(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
@@ -123,7 +126,7 @@ def find_kernel(
 ) -> Rotation | None:
     """Return the kernel for these arguments of `plain`, or None if it cannot be used.
 
-    Heads are dimension `unsqueeze_dim` of q and k, which is 1 or 2. The kernel takes them in dimension 1.
+    The heads are in dimension `unsqueeze_dim` (1 or 2) of q and k. The kernel takes heads in dimension 1.
     """
     is_known = q.dim() == k.dim() == 4 and cos.dim() == 3 and unsqueeze_dim in (1, 2)
     if not is_known or cos.shape != sin.shape or cos.requires_grad or sin.requires_grad:

@@ -80,11 +80,11 @@ class RowMask:
         return self.tensors.get(name, device, lambda: row_block_mask(self.lengths, self.window, device))
 
     def group_indices(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return the indices that turn the batch into padded groups of rows, and the index that reverses this.
+        """Return the indices that turn the batch into padded groups of rows, and the indices that reverse this.
 
-        The first value has a tensor (B, L) for each group: the position in the batch of each token of its rows. Padding
-        has the position of the first token of its row. The second value (T) has the position of each token of the batch
-        in the flattened and joined groups.
+        The first value is a list with a tensor (B, L) for each group. An entry says where in the batch a token of the
+        group stands. For padding, it is the position of the first token of the row. The second value is a tensor (T).
+        It says where each token of the batch stands after all groups are flattened and joined.
         """
 
         def make() -> tuple[list[torch.Tensor], torch.Tensor]:

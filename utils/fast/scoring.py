@@ -2,8 +2,8 @@
 
 A hit is a trained token to which the model gives a higher probability than to any other token.
 
-Shapes in names: B rows, T tokens of a padded row or of all concatenated rows, P trained tokens, K columns that predict
-a trained token in at least one row, C hidden width, V vocabulary.
+Shapes in names: B rows, T tokens of a padded row or of all concatenated rows, P trained tokens, K of the T columns (at
+each of them, at least one row predicts a trained token), C hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class Scorer:
     def _passes(self, model: Any, batch: Batch) -> Iterator[tuple[Any, Batch]]:
         """Yield (module to call, its batch) for each forward pass that `batch` needs.
 
-        A yielded batch has some or all rows of `batch`. Its 'owners' are the row indices of its trained tokens, counted
-        in `batch`.
+        A yielded batch has some or all rows of `batch`. Its 'owners' is a tensor with the row of each trained token, as
+        an index into the rows of `batch`.
         """
         if self.row_limit is None:
             yield model, batch
@@ -145,11 +145,10 @@ class Scorer:
             yield self.base if number else model, on_device(part, device)
 
     def _forward(self, model: Any, batch: Batch, use: Use) -> torch.Tensor:
-        """Run the model on the batch, and return what `use` computes from the predictors of its trained tokens.
+        """Run the model on the batch, and return what `use` computes from the predictors and the batch.
 
-        The predictors are logits, or hidden states if the scorer has a head. With a head, `use` is called inside the
-        forward pass of the model, which then returns the result of `use`. DDP needs this, because it finds the used
-        parameters from the tensor that the forward pass returns.
+        The predictors are what the trained tokens are predicted from: hidden states if the scorer has a head, else
+        logits.
         """
         inputs = {name: x for name, x in batch.items() if name not in NOT_FOR_THE_MODEL}
         layout: AbstractContextManager[None] = nullcontext()
@@ -171,6 +170,8 @@ class Scorer:
             def used() -> torch.Tensor:
                 return use(collected[0], batch)
 
+            # DDP finds the used parameters from the tensor that the forward pass returns. So `use` is called inside the
+            # forward pass, and its result is the tensor that the forward pass returns.
             with _returning(module, used):
                 result: torch.Tensor = model(**inputs, use_cache=False, **keep)
         return result

@@ -276,7 +276,8 @@ class RotaryKernel(torch.autograd.Function):
     """Rotates queries and keys like `apply_rotary_pos_emb` of Llama. It saves only the tables of cosines and sines.
 
     Takes queries (B, H, T, D), keys (B, G, T, D), cosines and sines (B or 1, T, R) and the dtype of the result. The
-    first R of D values are rotated, the others are copied. In the results, heads come after tokens in memory.
+    first R of D values are rotated, the others are copied. The results are transposed views of tensors (B, T, H, D) and
+    (B, T, G, D).
     """
 
     @staticmethod
@@ -310,9 +311,9 @@ def _rotated(
     rounded: torch.dtype,
     back: bool,
 ) -> torch.Tensor:
-    """Return x in `dtype`, rotated, or with `back` rotated by the negative angles.
+    """Rotate x by the angles of `cos` and `sin`, and return it in `dtype`. With `back`, the angles are negated.
 
-    Products and their sum are rounded to the dtype `rounded`.
+    The products and their sum are rounded to the dtype `rounded`.
     """
     if x_BHTD.stride(3) != 1:
         x_BHTD = x_BHTD.contiguous()
@@ -406,8 +407,9 @@ def loss_and_gradient(
 ) -> torch.Tensor:
     """Return -log p(target) of each position, in fp32, and overwrite the logits with a gradient.
 
-    The gradient is that of the sum of the losses, multiplied by `factor`. `logits_NV` are the products of the output
-    head. The logits of the model are scale * product, or cap * tanh(scale * product / cap) if there is a cap.
+    The gradient is that of the sum of the losses, multiplied by `factor`. `logits_NV` holds raw logits, the
+    result of the head's matrix product. The logits of the model are scale * raw, or cap * tanh(scale * raw / cap) if
+    there is a cap.
     """
     positions, vocabulary = logits_NV.shape
     losses_N = torch.empty(positions, dtype=torch.float32, device=logits_NV.device)

@@ -18,9 +18,9 @@ _NAMES = ('cache', 'past_key_values')
 
 
 def named_cache(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dictionary with only the cache of `values`, under the same name. It is empty if there is no cache.
+    """Return the cache in `values` as a dict {name: cache}. The dict is empty if there is no cache.
 
-    `values` are the keyword arguments or the output of a model or a layer.
+    `values` are the keyword arguments or the output of a model or a layer. They have the cache under one of two names.
     """
     return next(({name: values[name]} for name in _NAMES if values.get(name) is not None), {})
 

@@ -56,7 +56,7 @@ _OLD_NAMES = {
 
 
 def linear_layers(model: PreTrainedModel, frozen: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a dict from the path of each linear layer, as in named_modules(), to the layer.
+    """Return a dict from path to layer for all linear layers. The paths are those of named_modules().
 
     Quantised layers are included. The output head and all layers inside the modules `frozen` are not included.
     """
@@ -120,11 +120,11 @@ def expert_names(model: PreTrainedModel) -> Counter[str]:
 
 
 def taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
-    """Return the names in `names` for which PEFT puts LoRA on the stacked experts, not on linear layers.
+    """Return the names in `names` that PEFT mistakes for stacked experts.
 
-    In earlier versions of transformers, the experts of some mixture-of-experts models had these names. PEFT still takes
-    them for the experts. So LoRA cannot be put on linear layers with these names, for example gate_proj of a shared
-    expert. See https://github.com/huggingface/peft, utils/transformers_weight_conversion.py.
+    Earlier versions of transformers gave these names to the expert layers of some models, and PEFT still maps them to
+    the experts. So PEFT cannot put LoRA on a linear layer with such a name, for example gate_proj of a shared expert.
+    See https://github.com/huggingface/peft, utils/transformers_weight_conversion.py.
     """
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers

@@ -93,7 +93,7 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
 
     if names := sorted(found['missing_keys']):
         raise ConfigError(
-            f'{model_dir} lacks {len(names)} weights of {type(model).__name__}, first {names[0]}. '
+            f'{model_dir} lacks {len(names)} weights of {type(model).__name__}, for example {names[0]}. '
             'Download or copy the complete folder.'
         )
 
@@ -160,8 +160,9 @@ def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTra
 def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> PreTrainedModel:
     """Return the model of a folder. config.json tells which function must open it.
 
-    The folder has an original layout of 2023, or it was saved by a class of this project, or it belongs to a class of
-    transformers. Raises ConfigError if the folder is none of these, or does not belong to the family that `info` names.
+    Three kinds of folders can be opened: those in the layout of a model's own code of 2023, those saved by a class of
+    this project, and those for a class of transformers. Raises ConfigError for any other folder. Also raises
+    ConfigError if the folder does not belong to the family that `info` names.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -278,7 +279,9 @@ def read_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
 
 
 def _match_tokenizer_file(tokenizer: Any, model_dir: Path) -> Any:
-    """Return `tokenizer` if it encodes test texts as tokenizer.json says. If not, return one built from tokenizer.json.
+    """Return a tokenizer that encodes test texts in the same way as tokenizer.json.
+
+    This is `tokenizer` itself if possible. Otherwise, it is a tokenizer that is built from tokenizer.json.
 
     Some classes of transformers 5 read only the vocabulary from tokenizer.json, and use rules of their own. For
     example, LlamaTokenizer then loses a space at the start of a text.
@@ -305,8 +308,8 @@ def _match_tokenizer_file(tokenizer: Any, model_dir: Path) -> Any:
 
     text = next(text for text, one, other in zip(_PROBE_TEXTS, found, wanted, strict=True) if one != other)
     logger.info(
-        f'tokenizer = built from {file.name} because {type(tokenizer).__name__} does not encode {text!r} as that file '
-        'says'
+        f'tokenizer = built from {file.name} because {type(tokenizer).__name__} encodes {text!r} differently from '
+        f'{file.name}'
     )
     return by_file
 

@@ -17,10 +17,10 @@ _INDEX = 'model.safetensors.index.json'
 
 
 def unloaded_tensors(model: Any, base: Path, family: str | None) -> dict[str, TensorRange]:
-    """Return the tensors in the files of `base` that the class of `model` does not load, by their names.
+    """Return a dict from name to place for the tensors of the folder `base` that the class of `model` does not load.
 
-    The dict is empty if `base` is no model folder, or has a layout of 2023, quantised weights, or weights that are not
-    safetensors.
+    Only folders with unquantised safetensors for a class of transformers are searched. For any other folder, the dict
+    is empty.
     """
     from utils.loading.legacy.registry import find_family, find_saved
 

@@ -30,7 +30,7 @@ def translated(recipe: Recipe, dataset_info: Path | None) -> Translation:
 def main(argv: Sequence[str]) -> int:
     """Print the command for llm_sft.py, and how each key of the recipe was translated.
 
-    Returns the exit code: 0, 1 if the command has a problem, or 2 if the recipe cannot be read.
+    Returns the exit code: 0 on success, 1 if the command has a problem, and 2 if the recipe cannot be read.
     """
     parser = argparse.ArgumentParser(
         prog='python -m utils.migrate',

@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.base.errors import ConfigError, did_you_mean
 from utils.base.files import read_json
-from utils.migrate.rows import Rows, hub_word, take_first
+from utils.migrate.rows import Rows, hub_word, limit_rows
 from utils.migrate.trainer_keys import (
     DIVIDED,
     FASTER,
@@ -274,8 +274,8 @@ def _rows(t: Translation, folder: Path, dataset_info: Path | None) -> None:
 
     count = to_number(t.get('max_samples'))
     if count:
-        rows.train = take_first(t, 'max_samples', rows.train, int(count))
-        rows.val = take_first(t, 'max_samples', rows.val, int(count))
+        rows.train = limit_rows(t, 'max_samples', rows.train, int(count))
+        rows.val = limit_rows(t, 'max_samples', rows.val, int(count))
     _mix(t, rows)
     rows.finish(t, 'dataset')
     val_size(t, 'val_size')

@@ -1,4 +1,7 @@
-"""Reads a recipe, the settings of a training run in a different toolkit: from a YAML file or from a shell command."""
+"""Reads a recipe from a YAML file or from a shell command.
+
+A recipe has the settings of a training run in a different toolkit.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class Recipe:
 
 
 def read_recipe(given: str) -> Recipe:
-    """Return the recipe in a file or, if `given` is a command line, in this text.
+    """Return the recipe in `given`, which is the path of a file or the text of a command line.
 
     Raises ConfigError if the file does not exist, or if the recipe is not of a known toolkit.
     """
@@ -48,7 +51,7 @@ def read_recipe(given: str) -> Recipe:
         raise ConfigError(f'{given}: the file is not there. Give {_FORMS}.')
 
     if path.stat().st_size > _LARGEST_FILE:
-        raise ConfigError(f'{given}: this file is larger than a recipe. Give {_FORMS}.')
+        raise ConfigError(f'{given}: this file is too large to be a recipe. Give {_FORMS}.')
     try:
         text = path.read_text(encoding='utf-8')
     except UnicodeDecodeError:
@@ -67,7 +70,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _of_yaml(path: Path, text: str, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """Return the recipe in a YAML file. Keys in `changes`, from the command line, replace keys of the file."""
+    """Return the recipe in a YAML file. `changes` has keys from the command line, which replace keys of the file."""
     import yaml  # type: ignore[import-untyped]
 
     try:

@@ -34,16 +34,16 @@ class Rows:
                     'and --columns holds for all of them. Rename the columns in one of the files.',
                 )
 
-    def chat(self, t: Translation, key: str, column: str, role: str, content: str) -> None:
-        """Add a column of conversations, whose messages have the keys `role` and `content`.
+    def chat(self, t: Translation, key: str, column: str, role_key: str, content_key: str) -> None:
+        """Add a column of conversations. `role_key` and `content_key` are two keys of each message.
 
-        Adds a problem if `role` is not role or from, or if `content` is not content or value.
+        `role_key` must be 'role' or 'from', and `content_key` must be 'content' or 'value'. Any other key is a problem.
         """
-        if role not in ('role', 'from') or content not in ('content', 'value'):
+        if role_key not in ('role', 'from') or content_key not in ('content', 'value'):
             t.refuse(
                 key,
-                f'its messages have the keys {role} and {content}, and only role and content, or from and value, are '
-                'read here. Rename the keys in the file.',
+                f'its messages have the keys {role_key} and {content_key}, but llm_sft.py reads only role and content, '
+                'or from and value. Rename the keys in the file.',
             )
         elif column not in ('messages', 'conversations'):
             self.rename(t, key, {column: 'messages'})
@@ -80,10 +80,11 @@ def is_file(path: str) -> bool:
     return path.lower().endswith((*SUFFIXES, '.txt', '.md')) or path.startswith(('/', './', '../', '~'))
 
 
-def take_first(t: Translation, key: str, words: list[str], count: int) -> list[str]:
-    """Return the words with #count appended. A word that has a # already is not changed.
+def limit_rows(t: Translation, key: str, words: list[str], count: int) -> list[str]:
+    """Return the words with #count appended. A word that already has a # is not changed.
 
-    #count draws `count` random rows. The toolkit of the recipe takes the first rows instead, and a note says so.
+    The toolkit of the recipe takes the first `count` rows. With #count, llm_sft.py draws `count` random rows. A note
+    tells the user of this difference.
     """
     t.note('different', key, f'{count} rows of each data set are drawn at random; {t.toolkit} takes the first rows')
     return [word if '#' in word else f'{word}#{count}' for word in words]

@@ -37,7 +37,8 @@ _SCRATCH = '.preflight'
 _GATE = 'the first-step gate'
 # A few tokens are enough to check that answers can be generated and scored.
 _NEW_TOKENS = 8
-# The numbers of tokens that are tried for joined micro-batches on a GPU.
+# The numbers of tokens up to which micro-batches are joined on a GPU, in the order in which they are tried. A GPU
+# computes a small micro-batch faster than the CPU can start its kernels, so it would wait for the CPU.
 _JOINED = (16384, 8192, 4096)
 # What cuBLAS says if its workspace does not fit into memory.
 _CUBLAS_WITHOUT_MEMORY = ('CUBLAS_STATUS_ALLOC_FAILED', 'CUBLAS_STATUS_NOT_INITIALIZED')
@@ -139,68 +140,72 @@ class FirstStepGate(TrainerCallback):
         set_random_state(random)
 
     def _steps(self, heaviest: list[Rows]) -> str | None:
-        """Try the batches `heaviest`. Returns the first memory error, or None if the memory is sufficient.
+        """Try a whole step, and then a forward and a backward pass over each of the batches `heaviest`.
 
-        One whole step comes first, because it allocates the state of the optimizer. Then each batch gets a forward and
-        a backward pass without collective operations, so that no process waits for a process that runs out of memory. A
-        last pass, over one row, averages the gradients over the processes. With a sharded model, every pass has
-        collective operations, so the other processes can hang if a process runs out of memory.
+        Returns the first memory error of any process, or None if the memory is sufficient.
         """
         trainer = self.trainer
         is_sharded = self._is_sharded()
+        # The whole step comes first, because it allocates the state of the optimizer.
         if failure := self._forward_backward(heaviest[0], exchanges=is_sharded):
             return failure
         self._optimize()
 
+        # These passes have no collective operations. So if a process runs out of memory, the others do not wait for it.
+        # Only a sharded model always has collective operations, and there the others can hang.
         for rows in heaviest:
             if failure := self._forward_backward(rows, exchanges=is_sharded):
                 return failure
+        # One pass, over one row, averages the gradients over the processes.
         if dist.world_size() > 1 and not is_sharded:
             trainer.model_wrapped.zero_grad()
             return self._forward_backward(heaviest[0][-1:], exchanges=True)
         return None
 
     def _join_more(self) -> None:
-        """On CUDA, join the micro-batches of a step up to a larger number of tokens, if the memory suffices.
+        """On CUDA, set the number of tokens up to which the micro-batches of a step are joined.
 
-        A GPU computes a few tokens faster than the CPU starts its kernels, so small micro-batches waste time. Each
-        number of tokens is tried with the longest rows and with loss on every token. No other joined batch needs more
-        memory. A resumed run tries only the number of its checkpoint. If the memory of this machine does not suffice
-        for it, micro-batches are joined to no more tokens than the heaviest batch has.
+        The numbers in _JOINED are tried one after the other, until the memory is sufficient. A resumed run tries only
+        the number in its checkpoint.
         """
         trainer = self.trainer
         order = trainer.order
         if order is None or trainer.capacity is None:
             return
-        of_heaviest = sum(heapq.nlargest(order.batch, order.lengths))
+        heaviest_tokens = sum(heapq.nlargest(order.batch, order.lengths))
         if self.resumed_from is not None:
-            self._join_again(trainer.capacity, of_heaviest)
+            self._join_again(trainer.capacity, heaviest_tokens)
         elif joins_more():
             for tokens in _JOINED:
-                tried, failure = self._try_joined(tokens, of_heaviest)
+                tried, failure = self._try_joined(tokens, heaviest_tokens)
                 if failure is None:
                     trainer.capacity = tried
                     break
-            if trainer.capacity > of_heaviest:
+            if trainer.capacity > heaviest_tokens:
                 reason = 'micro-batches of a step are joined up to so many tokens, which fit into memory'
                 trainer.checkpoints.run.decide('joined_tokens', trainer.capacity, reason)
 
-    def _join_again(self, tokens: int, of_heaviest: int) -> None:
-        """Try the number of tokens to which the run that is resumed joined micro-batches."""
-        if tokens <= of_heaviest or self._try_joined(tokens, of_heaviest)[1] is None:
+    def _join_again(self, tokens: int, heaviest_tokens: int) -> None:
+        """Try to join micro-batches up to `tokens` tokens, as the resumed run did.
+
+        If the memory is not sufficient, micro-batches are joined only up to `heaviest_tokens` tokens, the number of
+        tokens of the heaviest batch.
+        """
+        if tokens <= heaviest_tokens or self._try_joined(tokens, heaviest_tokens)[1] is None:
             return
-        self.trainer.capacity = of_heaviest
+        self.trainer.capacity = heaviest_tokens
         logger.warning(
             f'--resume_from_checkpoint: the run joined micro-batches to batches of up to {tokens} tokens, which do not '
-            f'fit into the memory of this machine. Batches of up to {of_heaviest} tokens are used. The gradients are '
-            'the same up to rounding.'
+            f'fit into the memory of this machine. Batches of up to {heaviest_tokens} tokens are used. The gradients '
+            'are the same up to rounding.'
         )
 
-    def _try_joined(self, tokens: int, of_heaviest: int) -> tuple[int, str | None]:
-        """Try the largest joined batch of at most `tokens` tokens.
+    def _try_joined(self, tokens: int, heaviest_tokens: int) -> tuple[int, str | None]:
+        """Try a joined batch of at most `tokens` tokens that needs as much memory as possible.
 
-        Returns (the number of its tokens, the memory error or None). If no joined batch has more tokens than the
-        heaviest batch, which was already tried, returns `of_heaviest` as the number.
+        It has the longest rows, and every token carries loss. Returns (the number of its tokens, the memory error or
+        None). `heaviest_tokens` is the number of tokens of the heaviest batch, which was already tried. If the joined
+        batch is not larger, nothing is tried and (`heaviest_tokens`, None) is returned.
         """
         trainer = self.trainer
         assert trainer.order is not None, 'checked by the caller'
@@ -208,8 +213,8 @@ class FirstStepGate(TrainerCallback):
         lengths = heapq.nlargest(trainer.order.batch * trainer.args.gradient_accumulation_steps, trainer.order.lengths)
         count = sum(total <= tokens for total in itertools.accumulate(lengths))
         tried = sum(lengths[:count])
-        if tried <= of_heaviest:
-            return of_heaviest, None
+        if tried <= heaviest_tokens:
+            return heaviest_tokens, None
 
         rows = [_trained_whole(row) for row in trainer.train_dataset.heaviest(count)[0]]
         failure = self._forward_backward(rows, exchanges=False)

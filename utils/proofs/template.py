@@ -278,8 +278,8 @@ class _Check:
     def _is_printed_last(self, follows: str, full: str, notes: set[str]) -> bool:
         """Return whether the chat template's text `full` ends with `follows`, the encoder's text after the prompt.
 
-        Think blocks and whitespace are ignored. If the encoder added an end of turn, the text that the template prints
-        after every reply may come after `follows`.
+        Think blocks and whitespace are ignored. If the encoder added an end of turn, `full` may have more text after
+        `follows`, but only text that the template prints after every reply.
         """
         # If a template prints a closed think block after every chat, `follows` may have no text outside of the block.
         plain = _without_blocks if _without_blocks(follows) else _bare
@@ -288,7 +288,8 @@ class _Check:
         return bool(before or reply) and is_last
 
     def _printed_after_reply(self, notes: set[str]) -> str:
-        """Return the text that the template prints after the last message, found with a random text as last message."""
+        """Return the text that the template prints after the last message."""
+        # A random text in place of the last message shows where that message ends.
         marker = secrets.token_hex(8)
         text = _rendering(self.encoder, self.row, inert=CONTROL_TOKENS in notes, reply=marker)
         return text.rpartition(marker)[2]
@@ -342,10 +343,10 @@ class _Check:
 
 
 def _check_text(encoder: Encoder, row: Row) -> None:
-    """Raise ConfigError if the ids of a plain-text row are not those of the tokenizer, or if a token carries no loss.
+    """Raise ConfigError if a plain-text row has other ids than the tokenizer gives, or if a token carries no loss.
 
-    The encoder encodes control tokens as plain text, but the tokenizer does not. So if the row contains control tokens,
-    its ids are decoded instead, and the result must be the text of the row.
+    Rows with control tokens are compared as text, because the encoder encodes control tokens as plain text and the
+    tokenizer does not. The ids of such a row must decode to its text.
     """
     unlimited = copy.copy(encoder)
     unlimited.max_length = -1
@@ -361,8 +362,8 @@ def _check_text(encoder: Encoder, row: Row) -> None:
         is_equal = _bare(tokenizer.decode(ours[len(unlimited.beginning) : -1])) == _bare(written)
     if not is_equal or encoded.trained != (0, len(ours)):
         raise ConfigError(
-            f'{row.origin}: the row is plain text, and its trained ids are not those of the tokenizer followed by '
-            'the end-of-sequence token. Please report this tokenizer.'
+            f"{row.origin}: the trained ids of this plain-text row should be the tokenizer's ids of the text and then "
+            'the end-of-sequence token, but they are not. Please report this tokenizer.'
         )
 
 
@@ -462,7 +463,7 @@ def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, fir
 
     equal = f"{counts['equal']} of {what} give the ids of the tokenizer's own chat template"
     if counts['different']:
-        differs = f"'{name}' was chosen and is trained: it differs in {counts['different']}, first {first}"
+        differs = f"'{name}' was chosen and is trained: it differs in {counts['different']} (the first: {first})"
         return f'{equal}; {differs}{refused}{holds}'
     explained = f', {counts["explained"]} differ for reasons that are counted' if counts['explained'] else ''
     return f'{equal}{explained}{refused}{holds}'

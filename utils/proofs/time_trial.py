@@ -1,4 +1,7 @@
-"""The trial of --max_minutes: measure typical steps, an evaluation and a checkpoint before training, and undo them."""
+"""Measures how long steps, an evaluation and a checkpoint take, to plan the steps of a run with --max_minutes.
+
+This trial comes before training. Afterwards the weights and all other state are bitwise the same as before.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,8 @@ def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[
     """With --max_minutes, make the trainer end the run within this time.
 
     `started` is the time when the program started, as time.time returns it. With --from_run, the run takes as many
-    steps as the run that it repeats. There is one exception: the user typed --max_minutes, --max_steps or
-    --num_train_epochs, but not --verify true. In this case the number of steps is chosen anew.
+    steps as the run that it repeats. The number of steps is chosen anew only if the user typed --max_minutes,
+    --max_steps or --num_train_epochs. With --verify true, it is never chosen anew.
     """
     if args.max_minutes is None:
         return
@@ -46,7 +49,10 @@ def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[
 
 
 class TimeTrial(FirstStepGate):
-    """Measures steps, an evaluation and a checkpoint. The deadline then chooses the number of steps from the times."""
+    """Measures how long steps, an evaluation and a checkpoint take.
+
+    From these times, the number of steps that fits before the deadline is chosen.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

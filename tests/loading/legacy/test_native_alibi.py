@@ -358,7 +358,7 @@ def test_packed_weights_that_do_not_fit_are_named() -> None:
     layout: Any = state[quant]
     without_data, without_quant = ({key: state[key] for key in state if key != gone} for gone in (data, quant))
     damaged: list[tuple[dict[str, Any], str]] = [
-        (without_data, f"'{quant}' has no tensor '{data}'"),
+        (without_data, f"'{quant}' describes the tensor '{data}', which is missing"),
         (without_quant, f"tensor '{data}' has no '{quant}'"),
         ({**state, data: state[data][:-1]}, f"tensor '{data}' has 24575 bytes"),
         ({**state, quant: [layout[0][:-1], *layout[1:]]}, f"tensor '{data}' has 24576 bytes and 767 scales"),

@@ -73,7 +73,7 @@ def read_format(original: Config, family: str) -> Format:
 
 
 def packed_settings(original: Config) -> dict[str, Any]:
-    """Return a quantization_config with which weights stay packed and the kernel can train (has a backward pass)."""
+    """Return a quantization_config that keeps the weights packed and selects a kernel with a backward pass."""
     return {**original['quantization_config'], 'backend': trainable_backend()}
 
 
@@ -82,13 +82,15 @@ def split_fused(key: str, tensor: torch.Tensor, count: int) -> list[torch.Tensor
 
     `key` ends in weight, bias, qweight, qzeros, scales or g_idx. g_idx has no axis of outputs, so each part is a
     copy of it. The parts of the other tensors are views. Raises ConfigError if the axis of the outputs cannot be split
-    into equal parts. An int32 of qzeros packs several zero points, and is never split.
+    into equal parts.
     """
     name = key.rpartition('.')[2]
     if name == 'g_idx':
         return [tensor, *(tensor.clone() for _ in range(count - 1))]
 
     axis = _OUTPUT_AXIS[name]
+    # An element of qzeros packs the zero points of several outputs. So if a part of the layer would begin inside an
+    # element, the number of elements is no multiple of `count`.
     if tensor.dim() <= axis or tensor.shape[axis] % count:
         raise ConfigError(
             f"tensor '{key}' of shape {tuple(tensor.shape)} cannot be cut into {count} equal parts along axis {axis}: "

@@ -111,7 +111,7 @@ def drop_unsupported_attention(cls: Any, options: dict[str, Any]) -> dict[str, A
     if options.get('attn_implementation') != 'flash_attention_2' or cls._supports_flash_attn:
         return options
 
-    logger.info(f'attn_implementation = default because {cls.__name__} takes no flash attention')
+    logger.info(f'attn_implementation = default because {cls.__name__} does not support flash attention')
     return {**options, 'attn_implementation': None}
 
 
@@ -133,10 +133,11 @@ def _read_generation(model: Any, model_dir: Path) -> None:
 
 
 def make_generation_savable(model: Any) -> None:
-    """Change the generation settings of a model so that they are valid. transformers does not save invalid settings.
+    """Make the generation settings of a model valid. transformers does not save invalid settings.
 
-    Sampling settings without do_sample are not valid. In 2023 they meant that tokens are sampled, so do_sample is set
-    to True. If do_sample is False, the sampling settings have no effect and are removed.
+    Sampling settings such as top_p are valid only with do_sample=True. If do_sample is missing, it is set to True,
+    because in 2023 the sampling settings alone turned sampling on. If do_sample is False, the sampling settings have no
+    effect and are removed.
     """
     settings = model.generation_config
 
@@ -165,4 +166,4 @@ def check_loading(info: dict[str, Any], model_dir: Path, what: str, *, unexpecte
         if names := sorted(map(str, info[f'{kind}_keys'])):
             shown = ', '.join(names[:_MAX_NAMES]) + (', ...' if len(names) > _MAX_NAMES else '')
             remedy = 'Use the weights and config.json of one repository or folder.'
-            raise ConfigError(f'{model_dir} as {what} has {len(names)} {kind} tensors: {shown}. {remedy}')
+            raise ConfigError(f'{model_dir}, read as {what}, has {len(names)} {kind} tensors: {shown}. {remedy}')

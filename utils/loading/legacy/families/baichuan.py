@@ -94,7 +94,7 @@ def native_tensors_normalised(state: State, original: Config, *, width: int) -> 
 
 
 def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Tensor]:
-    """Return a dict with one tensor under its native name. A fused tensor is replaced by its three parts.
+    """Return a dict with the tensor under its native name, or with the three parts of a fused tensor.
 
     Raises ConfigError if a fused tensor does not have 3 * width rows.
     """
@@ -141,8 +141,8 @@ def with_normalised_head(native: State) -> State:
 def normalise_rows(head: torch.Tensor) -> torch.Tensor:
     """Return the output head in fp32, with each row divided by its Euclidean norm. Rows with norm 1 do not change.
 
-    The result is in fp32 even if `head` is in half precision. It is rounded only later, to the dtype in which the model
-    is opened. In fp32, nothing is rounded, and the logits are those of the original code.
+    The result is in fp32 even if `head` is in half precision. The loader then rounds it to the dtype of the opened
+    model. If the model is opened in fp32, the logits are those of the original code.
     """
     import torch
 

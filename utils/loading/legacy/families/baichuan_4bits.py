@@ -24,14 +24,17 @@ _QUANT = '.quant_state'
 
 
 def _dense(original: Config) -> Config:
-    """Return config.json without quantization_config. The rest is the config.json of the model before quantisation."""
+    """Return config.json without quantization_config. The rest is the config.json of the unquantised model."""
     return {field: value for field, value in original.items() if field != 'quantization_config'}
 
 
-def _matches(original: Config, *, full_width: Family) -> bool:
-    """Return whether a config.json describes the 4-bit weights of the model `full_width`."""
+def _matches(original: Config, *, unquantised: Family) -> bool:
+    """Return whether a config.json describes the 4-bit weights of a model.
+
+    `unquantised` is the family for the unquantised weights of the same model.
+    """
     quantization = original.get('quantization_config') or {}
-    return quantization.get('load_in_4bit') is True and full_width.matches(_dense(original))
+    return quantization.get('load_in_4bit') is True and unquantised.matches(_dense(original))
 
 
 def unpack_state(state: State) -> State:
@@ -54,7 +57,7 @@ def unpack_state(state: State) -> State:
             unpacked[key] = value.detach()
         elif key.removesuffix(_QUANT) + _DATA not in state:
             raise ConfigError(
-                f"'{key}' has no tensor '{key.removesuffix(_QUANT)}{_DATA}' that it describes. "
+                f"'{key}' describes the tensor '{key.removesuffix(_QUANT)}{_DATA}', which is missing. "
                 'Download or copy the files again.'
             )
 
@@ -140,13 +143,15 @@ def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
         count = rows * columns
         blocks = absmax.numel()
         needed_blocks = -(-count // block)
+        needed_bytes = -(-count // 2)
     except (AttributeError, ArithmeticError, TypeError, ValueError):
         raise layout from None
 
-    if packed.numel() != -(-count // 2) or blocks != needed_blocks:
+    if packed.numel() != needed_bytes or blocks != needed_blocks:
         raise ConfigError(
-            f"tensor '{name}{_DATA}' has {packed.numel()} bytes and {blocks} scales, which are not those of a weight "
-            f'of {(rows, columns)} in blocks of {block}: the file is damaged. Download or copy it again.'
+            f"tensor '{name}{_DATA}' has {packed.numel()} bytes and {blocks} scales, but a weight of shape "
+            f'{(rows, columns)} has {needed_bytes} bytes and {needed_blocks} scales: the file is damaged. Download or '
+            'copy it again.'
         )
 
     weight = Nf4Weight(
@@ -162,24 +167,27 @@ def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
     return weight
 
 
-def native_config(original: Config, *, full_width: Family) -> dict[str, Any]:
-    """Return the arguments of the native configuration. They are the same as for the model before quantisation."""
-    return full_width.config(_dense(original))
+def native_config(original: Config, *, unquantised: Family) -> dict[str, Any]:
+    """Return the arguments of the native configuration. They are the same as for the unquantised model."""
+    return unquantised.config(_dense(original))
 
 
-def native_tensors(state: State, original: Config, *, full_width: Family) -> State:
-    """Unpack the tensors and return them under the same native names as for the model before quantisation."""
-    return full_width.tensors(unpack_state(state), _dense(original))
+def native_tensors(state: State, original: Config, *, unquantised: Family) -> State:
+    """Unpack the tensors and return them under native names. The names are those of the unquantised model."""
+    return unquantised.tensors(unpack_state(state), _dense(original))
 
 
-def _packed(full_width: Family) -> Family:
-    """Return the family for the 4-bit weights of the model `full_width`."""
+def _packed(unquantised: Family) -> Family:
+    """Return the family for the 4-bit weights of a model.
+
+    `unquantised` is the family for the unquantised weights of the same model.
+    """
     return replace(
-        full_width,
-        name=f'{full_width.name}_4bits',
-        matches=partial(_matches, full_width=full_width),
-        config=partial(native_config, full_width=full_width),
-        tensors=partial(native_tensors, full_width=full_width),
+        unquantised,
+        name=f'{unquantised.name}_4bits',
+        matches=partial(_matches, unquantised=unquantised),
+        config=partial(native_config, unquantised=unquantised),
+        tensors=partial(native_tensors, unquantised=unquantised),
     )
 
 

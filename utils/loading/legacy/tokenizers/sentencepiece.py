@@ -49,9 +49,10 @@ class Vocabulary:
 
     @property
     def isolates_symbols(self) -> bool:
-        """Return whether user-defined pieces must be found by a regex, after the dummy prefix was added to a text.
+        """Return whether a regex must separate the user-defined pieces from the rest of a text.
 
-        If False, no regex is needed, because the user-defined pieces become added tokens of the tokenizer.
+        The regex is applied after the dummy prefix was added to the text. If no regex is needed, the user-defined
+        pieces become added tokens of the tokenizer.
         """
         return self.dummy_prefix and bool(self.of_type(_USER_DEFINED))
 
@@ -212,9 +213,9 @@ def _cut_pattern(vocabulary: Vocabulary) -> str:
     First, it separates user-defined pieces from the rest of the text. It tries the longest piece first. The model then
     keeps each user-defined piece whole (ignore_merges).
 
-    Second, it keeps ordinary text from becoming a control or byte piece, for example the text `<s>`. A BPE model would
-    form such a piece after a user-defined piece. A unigram model would form a piece with a character that no normal
-    piece contains. In both cases, the regex splits the text inside the piece.
+    Second, it splits ordinary text that spells a control or byte piece, for example `<s>`, so that the model cannot
+    form this piece. Without the split, a BPE model would form the piece if the text follows a user-defined piece. A
+    unigram model would form it if the text has a character that no normal piece contains.
     """
     literals = [t for t in vocabulary.of_type(_UNKNOWN, _CONTROL, _BYTE) if len(t) > 1]
     known = set(''.join(vocabulary.of_type(_NORMAL)))
