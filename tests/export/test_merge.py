@@ -113,8 +113,8 @@ def add_token(folder: Path) -> None:
 
 
 MUTATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
-    'two weights swapped': (swap_two_weights, 'differs from base + adapter: its logits by up to'),
-    'two numbers of a weight swapped': (swap_two_numbers, 'differs from what was written: its logits by up to'),
+    'two weights swapped': (swap_two_weights, 'differ from those of base + adapter by up to'),
+    'two numbers of a weight swapped': (swap_two_numbers, 'differ from those of the model that was written by up to'),
     'head tied': (
         change_json('config.json', tie_word_embeddings=True),
         'the output head is tied in the model or in the merged folder, but not in both',
@@ -137,7 +137,7 @@ def test_a_small_adapter_that_is_lost_is_noticed_below_rounding(
     if lost:
         monkeypatch.setattr(LoraModel, 'merge_and_unload', lambda self, **_: self.unload())
         with pytest.raises(
-            ConfigError, match='the merged model keeps 0% of what the adapter does: .* Merge with --dtype fp32'
+            ConfigError, match='removed the effect of the adapter .remaining: 0%.. Merge with --dtype fp32'
         ):
             merge_and_save(model, make_tokenizer(), tmp_path / 'm', record=RunRecord())
         assert not (tmp_path / 'm').exists()
@@ -146,7 +146,7 @@ def test_a_small_adapter_that_is_lost_is_noticed_below_rounding(
         assert (tmp_path / 'm').is_dir()
 
 
-@pytest.mark.parametrize(('held', 'said'), [(1.0, None), (0.8, '; 80% of what the adapter does: the rest was')])
+@pytest.mark.parametrize(('held', 'said'), [(1.0, None), (0.8, '; it keeps 80% of the effect of the adapter')])
 def test_what_rounding_takes_of_an_adapter_is_said(
     held: float, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +155,7 @@ def test_what_rounding_takes_of_an_adapter_is_said(
     assert _share_of_adapter(bare, bare + 1e-3, noise) == _share_of_adapter(bare, bare, bare) == 1.0
     monkeypatch.setattr('utils.export.merge._share_of_adapter', lambda *_: held)
     says = merge_and_save(adapted(), make_tokenizer(), tmp_path / 'm', record=RunRecord())
-    assert (said or 'separate head') in says and ('rounded' in says) == (said is not None)
+    assert (said or 'separate head') in says and ('rounding removed' in says) == (said is not None)
 
 
 def test_an_untouched_folder_passes(saved: Saved) -> None:
@@ -175,7 +175,7 @@ def test_an_earlier_folder_stays_until_a_complete_one_is_there(tmp_path: Path, m
     target.mkdir()
     (target / 'mark').touch()
     monkeypatch.setattr('utils.export.merge.verify_merged', lambda *_: (1.0, 1.0, 'it differs.'))
-    with pytest.raises(ConfigError, match='-merged: not written: it differs. The rejected folder is '):
+    with pytest.raises(ConfigError, match='-merged: not written, because it differs. The rejected model is kept in '):
         merge_and_save(adapted(), make_tokenizer(), target, record=RunRecord())
     assert [f.name for f in target.iterdir()] == ['mark']
     monkeypatch.undo()

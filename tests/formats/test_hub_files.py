@@ -238,8 +238,9 @@ def test_an_id_that_is_not_there_names_close_ids_the_other_hub_and_the_token(
     problem = refused('AI-ModelScope/alpaca-gpt4-data-zn', hub)
     variable = {'modelscope': 'MODELSCOPE_API_TOKEN', 'huggingface': 'HF_TOKEN'}[hub]
     assert problem.startswith(
-        f'dataset {hub}:AI-ModelScope/alpaca-gpt4-data-zn@master: not found (404). It is gone, or private and hidden '
-        f'without a token ({variable}). Check the id and the revision. Ids close to it: AI-ModelScope/alpaca-gpt4-data-'
+        f'dataset {hub}:AI-ModelScope/alpaca-gpt4-data-zn@master: not found (404). It does not exist, or it is '
+        f'private. Check the id and the revision. If it is private, set the environment variable {variable} to a token '
+        'that may read it. Ids close to it: AI-ModelScope/alpaca-gpt4-data-'
     )
     assert 'A data set of Hugging Face is hf:AI-ModelScope/alpaca-gpt4-data-zn, one of ModelScope ms:AI-' in problem
     assert problem.endswith(f'A local folder of this name is not there either (looked in {Path.cwd()}).')

@@ -233,8 +233,8 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         plan_rows([file], reading=Reading(columns={'question': 'query', 'answer': 'response'}))
     assert str(raised.value) == (
-        f"{file}:1: with --columns, two columns have the name 'query': question and query. Remove the entry that "
-        'renames a column to query from --columns, or add the entry query= to drop the column query of the file.'
+        f"{file}:1: --columns gives the columns question and query the same name 'query'. To drop the file's own "
+        'column query, add query= to --columns. To keep it, remove the entry that ends in =query.'
     )
 
 

@@ -69,7 +69,7 @@ def test_a_model_that_is_gone_comes_from_the_other_hub_but_never_under_another_i
     assert 'modelscope:modelscope/Llama-2-7b-ms@master is gone (404): trying huggingface:' in caplog.text
     own = get_model_info('llama2-7b', 'someone/Llama-2-7b-hf')
     with pytest.raises(
-        ConfigError, match=r'modelscope:someone/Llama-2-7b-hf@master: not found \(404\)\. It is gone, or private'
+        ConfigError, match=r'modelscope:someone/Llama-2-7b-hf@master: not found \(404\)\. It does not exist, or it is'
     ):
         locate(own, revision='master')
 

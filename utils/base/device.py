@@ -239,7 +239,10 @@ def random_states() -> list[torch.Tensor]:
 
 
 def set_random_states(states: list[torch.Tensor]) -> None:
-    """Set the random generators to the states that `random_states` returned. States without a device are ignored."""
+    """Set the random generators of the devices to the states that `random_states` returned.
+
+    If there are fewer devices than states, the last states are ignored.
+    """
     for index, state in enumerate(states[: count()]):
         if kind() == 'mps':
             _module().set_rng_state(state)

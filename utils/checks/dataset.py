@@ -318,8 +318,8 @@ class DataCheck:
     def _check_repetition(self, facts: SeenRow, row: Row, column: str) -> str | None:
         """Report `row` if the same row or the same prompt occurred earlier.
 
-        `facts` has the location and the use of `row`, and `column` is the column of its reply. If an equal
-        earlier row can be copied (--write_clean), returns the reason not to copy `row`. Otherwise returns None.
+        `facts` describes `row`, and `column` is the column of its reply. Returns the reason to leave `row` out of the
+        file of --write_clean if an equal earlier row is allowed there, else None.
         """
         earlier = self.seen.find_earlier(_content(row.messages, row), facts)
         if earlier is None and row.is_text:
@@ -340,8 +340,8 @@ class DataCheck:
     def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
         """Encode rows and count their lengths, cuts and notes. Returns the rows that can be trained on.
 
-        `columns` maps the location of each row to the column of its reply. A batch that cannot be encoded is halved
-        until the bad row is alone.
+        `columns` is {location of a row: column of its reply}. If the rows cannot be encoded together, each half is
+        encoded separately. This is repeated until the row with the problem is alone.
         """
         report = EncodingReport(left_out=self.left_out, noted=self.noted, account=self.account)
         again = EncodedAgain(self.encoder)

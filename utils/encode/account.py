@@ -151,7 +151,7 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 def _other_words(value: Any) -> Iterator[str]:
     """Yield the keys of a nested value, its numbers as strings, and the values of `type` and `required`.
 
-    A template can print these words. Then the search for a text of the row can find such a word by mistake.
+    A template can print these words. So the search for a text of the row can find one of them by mistake.
     """
     value = _parsed(value)
     if isinstance(value, Mapping):
@@ -386,17 +386,18 @@ class _Text:
         return None
 
     def masked(self) -> str:
-        """Return the text with NUL characters in the spans in which leaves were already found."""
+        """Return the text in which NUL characters replace the spans of `claimed`."""
         parts, position = [], 0
         for start, end in sorted(self.claimed):
             parts += [self.text[position:start], '\0' * (end - max(start, position))]
             position = max(position, end)
         return ''.join([*parts, self.text[position:]])
 
-    def buckets(self, start: int, end: int, characters: int) -> dict[str, int]:
-        """Return {bucket: count} for a leaf (a text of the row) at this span. The buckets are cut, context and trained.
+    def buckets(self, start: int, end: int, length: int) -> dict[str, int]:
+        """Return {bucket: number of characters} for a leaf (a text of the row) that is printed at start:end.
 
-        `characters` is the length of the leaf. If the span has a different length, the counts are scaled to the leaf.
+        The buckets are cut, context and trained. `length` is the length of the leaf. If the printed text is longer or
+        shorter, for example because of JSON escapes, the counts are scaled so that their sum is `length`.
         """
         found: dict[str, int] = {}
         position = start
@@ -409,16 +410,17 @@ class _Text:
             bucket = TRAINED if piece % 2 else CONTEXT
             found[bucket] = found.get(bucket, 0) + stop - position
             position = stop
-        if end - start != characters:
-            found = {bucket: count * characters // (end - start) for bucket, count in found.items()}
+        if end - start != length:
+            found = {bucket: count * length // (end - start) for bucket, count in found.items()}
             largest = max(found, key=lambda bucket: found[bucket])
-            found[largest] += characters - sum(found.values())
+            found[largest] += length - sum(found.values())
         return found
 
     def buckets_of(self, written: str, shown: str, at: _Span) -> dict[str, int]:
-        """Return {bucket: count} for the text `written`, which is printed as `shown` at the span `at`.
+        """Return {bucket: number of characters} for `written`, a text of the row that is printed at the span `at`.
 
-        Whitespace of `written` that is not printed is counted as trimmed.
+        `shown` is `written`, unchanged or without the whitespace around it. Whitespace that is missing in `shown` is
+        counted as trimmed.
         """
         found = self.buckets(*at, len(shown))
         if len(shown) < len(written):
@@ -441,11 +443,11 @@ class _Place(NamedTuple):
 
 
 def _doubtful(places: Sequence[_Place], text: _Text, printed: str) -> list[int]:
-    """Return the indices of the places that may be wrong, because a different field may contain the same text.
+    """Return the indices of the places at which the search may have found a wrong position.
 
-    A place is doubtful if its text occurs several times, overlaps a different text, or was found only in parts. It is
-    also doubtful if `printed` contains its text. `printed` has all words that the template can print besides the texts
-    of the row: the words of the template itself, the roles, and the keys and numbers of the row.
+    `printed` has all words that the template can print besides the texts of the row: the words of the template itself,
+    the roles, and the keys and numbers of the row. A place is doubtful if its text occurs several times, overlaps
+    another text, was found only in parts, or also occurs in `printed`.
     """
     spans = sorted((*place.at, number) for number, place in enumerate(places) if place.at)
     overlapping: set[int] = set()
@@ -491,8 +493,9 @@ def _render(row: Row, again: Again, changes: Sequence[tuple[_Path, str]]) -> tup
 def _resolve(places: list[_Place], doubtful: Sequence[int], text: _Text, render: _Rendering) -> None:
     """Find the right positions of the doubtful texts, and store them in `places`.
 
-    The row is rendered with a marker instead of each of these texts. Each marker is printed where its text was. A text
-    keeps its position if every rendering with its marker fails, or differs from `text` in more than the markers.
+    The row is rendered with a marker (a made-up word) in place of each of these texts. The position of a marker is the
+    position of its text. A rendering is not used if it fails, or if it differs from `text` in more than the markers. A
+    text without a rendering that can be used keeps its position.
     """
     whole = [number for number in doubtful if places[number].at is not None]
     marks = {number: _marker(number) for number in whole}
@@ -529,8 +532,8 @@ def _marker(number: int) -> str:
 def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
     """Store the first of these spans in places[number]. Without spans, the text of places[number] counts as not used.
 
-    Equal names or ids share one list of spans. So the span of a name or id is removed from `spans`, but the last span
-    stays in the list.
+    Equal names or ids share the list `spans`. Each of them takes the first span and removes it, so that the next one
+    takes the next span. The last span is not removed.
     """
     leaf = places[number].leaf
     if not spans:
@@ -696,10 +699,9 @@ class Account:
         return _Place(leaf, buckets, early, start, is_elsewhere=early is not None), end
 
     def _place_parts(self, whole: str, text: _Text, start: int, *, has_images: bool) -> tuple[dict[str, int], int]:
-        """Look for each part of `whole`, because `text` does not contain `whole` in one piece.
+        """Split `whole` at line ends and at tags, and look for each part in `text`.
 
-        `whole` is split at line ends and at tags. Returns ({bucket: count} for all parts, position at which the last
-        found part ends).
+        Returns ({bucket: number of characters} of all parts, position at which the last found part ends).
         """
         buckets: dict[str, int] = {}
         end = 0
@@ -730,9 +732,9 @@ class Account:
             self._count_unused(name, rows)
 
     def lines(self) -> list[str]:
-        """Return at most two lines. The first has the percentage of each bucket for each label.
+        """Return at most two lines: the percentages of the buckets for each label, and the names of the unused fields.
 
-        The second has the names of the unused fields. A line is left out if it has nothing to show.
+        A line without content is not returned.
         """
         shares = []
         for label, counts in self.fields.items():

@@ -304,12 +304,12 @@ class AutoEncoder(Encoder):
         return None
 
     def _find_switch(self) -> tuple[Mapping[str, Any], bool]:
-        """Return (setting, opens). The setting makes the template accept replies with reasoning.
+        """Return (setting, opens). With the setting, a reply can begin with reasoning.
 
-        Some generation prompts end in a closed think block, after which no reasoning can follow. The setting, for
-        example {'enable_thinking': True}, removes this block or opens it. The setting is empty if the template has no
-        such variable, or if the user has set such a variable. `opens` says whether the generation prompt with the
-        setting ends in an open think block.
+        Some generation prompts end in a closed think block, after which no reasoning can follow. Many of these
+        templates have a variable that removes the block or leaves it open. The setting is this variable with its value,
+        for example {'enable_thinking': True}. It is empty if the template has no such variable, or if the user has set
+        one. `opens` says whether the generation prompt then ends in an open think block.
         """
         mark = secrets.token_hex(8)
 
@@ -408,9 +408,9 @@ class AutoEncoder(Encoder):
 
         If the message has images, its content becomes a list of items.
 
-        Reasoning is stored under `key`. Without `key`, it is stored under the key that a probe found. If no probe found
-        a key, the reasoning is left out. Only the last message (`is_last`), if it has no calls and the template has a
-        think tag, gets the reasoning as a think block in its content.
+        Reasoning is stored under `key`. If `key` is None, it is stored under the key that a probe found. If no probe
+        found a key, the reasoning is dropped, except in the last message (`is_last`). There it becomes a think block in
+        the content, provided that the message has no calls and the template has a think tag.
         """
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
@@ -437,7 +437,6 @@ class AutoEncoder(Encoder):
 
     @property
     def switch(self) -> str | None:
-        """Return the template setting for replies with reasoning, as name=value. Returns None if none is needed."""
         return next((f'{name}={value}' for name, value in self._switch.items()), None)
 
     @property
@@ -445,7 +444,7 @@ class AutoEncoder(Encoder):
         return self._switch if self.asks_to_think else _NOTHING
 
     def settings_of(self, row: Row) -> Mapping[str, Any]:
-        """Return the template settings for a row: the thinking switch if the last reply has reasoning, else nothing."""
+        """Return the template settings for a row. They are empty unless the last reply has reasoning."""
         return self._switch if self._reasons(row.messages[-1], with_tools=self._lists_tools(row)) else _NOTHING
 
     def in_its_form(self, messages: Sequence[Mapping[str, Any]], row: Row) -> list[Any]:
@@ -478,9 +477,9 @@ class AutoEncoder(Encoder):
         return made
 
     def _as_block(self, reasoning: str, tag: str) -> str:
-        """Return the reasoning in a think block that `tag` opens.
+        """Return the reasoning in a think block. `tag` is its opening tag.
 
-        If the source of the template has a line end after the tag, the block has line ends too.
+        If the template has a line end after this tag, the block has line ends too.
         """
         line = '\n' if f'{tag}\\n' in self._source or f'{tag}\n' in self._source else ''
         return f'{tag}{line}{reasoning}{line}{_closing_tag(tag)}{2 * line}'
@@ -491,8 +490,8 @@ class AutoEncoder(Encoder):
     def _key_of(self, reply: Message, *, with_tools: bool) -> str | None:
         """Return the message key for the reasoning of a reply. Returns None if no probe found a key.
 
-        If the template prints no tool calls, calls are written into the text of the reply. So such a reply has the key
-        of a reply without calls.
+        If the template prints no tool calls, the calls of a reply are written into its text. A reply with calls then
+        has the key of a reply without calls.
         """
         return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
 
@@ -500,7 +499,7 @@ class AutoEncoder(Encoder):
         """Return the message key from which the template prints the reasoning of the row's last reply.
 
         Some templates print reasoning only in some turns, so that no probe finds the key. For example, the template of
-        Kimi-K2-Thinking never prints the reasoning of the first reply. If no probe found the key, the row itself is
+        Kimi-K2-Thinking never prints the reasoning of the first reply. So without a known key, the row itself is
         rendered with each possible key. Returns None if the template prints the reasoning with none of these keys.
         """
         reply, with_tools = row.messages[-1], self._lists_tools(row)
@@ -594,8 +593,8 @@ class AutoEncoder(Encoder):
     def _thought(self, reply: Message, reasoning: str, key: str | None, *, guarded: bool) -> str:
         """Return the reasoning of a reply with tool calls as a think block. The caller puts the block before the calls.
 
-        Returns '' if the reply has no calls or no reasoning, if the template has no think tag, or if `key` is set. With
-        `key`, the template itself prints the reasoning.
+        `key` is the message key from which the template itself prints the reasoning. Returns '' if there is such a key,
+        if the reply has no calls or no reasoning, or if the template has no think tag.
         """
         tag = _THINK_SOURCE.search(self._source)
         if 'tool_calls' not in reply or key or tag is None or not reasoning:
@@ -642,8 +641,8 @@ class AutoEncoder(Encoder):
     def _after_prompt(self, prompt: str, full: str, frame: _Frame) -> str | None:
         """Return the text after the prompt in `full`, the rendered chat. Returns None if it cannot be found.
 
-        If a reply follows, some templates print the prompt differently: without the think block that the generation
-        prompt opens, or without the system text that the template puts into the last user turn.
+        Some templates print the prompt differently if a reply follows. For example, the think block that the generation
+        prompt opens is missing, or the system text is not in the last user turn.
         """
         if full.startswith(prompt):
             return full[len(prompt) :]
@@ -702,9 +701,10 @@ class AutoEncoder(Encoder):
         return f'{line}{_closing_tag(opened[1])}\n\n'
 
     def _as_written(self, prompt: str, content: str, frame: _Frame, *, reasons: bool) -> str:
-        """Return the text to train on after the prompt, if the template would alter the reply.
+        """Return the text to train on after the prompt, for a reply that the template would alter.
 
-        This text is the lead of the template, the reply as it is in the row, and the end of turn.
+        This text is the lead (what the template prints before a reply), the reply as it is in the row, and the end of
+        turn.
         """
         lead = frame.lead
         opens = _OPEN_THINK.search(prompt)
@@ -764,11 +764,11 @@ class AutoEncoder(Encoder):
     def _end_of_reply(self, markers: Sequence[re.Match[str]]) -> re.Match[str] | None:
         """Return the match of the end-of-turn token after a reply. `markers` are the control tokens after the reply.
 
-        Usually the first marker is returned. If the template prints the end-of-sequence token after each turn, the
-        end-of-sequence token is returned, because some templates, such as Cohere's, print another token before the
-        end-of-sequence token. Returns None if there is no marker.
+        This is the end-of-sequence token if the template prints it after each turn, otherwise the first of `markers`.
+        Returns None if `markers` is empty.
         """
         eos = self.tokenizer.eos_token
+        # Some templates, such as Cohere's, print another control token before the end-of-sequence token.
         end = next((match for match in markers if match[0] == eos), None) if self._eos_ends_turns else None
         return end or next(iter(markers), None)
 
@@ -817,9 +817,9 @@ class AutoEncoder(Encoder):
     def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
         """Return how many ids at the start of `whole` are the ids of the prompt. Returns 0 if this is not certain.
 
-        Tokenizers first split text at added tokens. So the ids before the last control token of the prompt do not
-        depend on the text after the prompt. From this token to the end of the prompt, `whole` must have the ids that
-        `tails` has for this text. `tails` is the cache of `_learn_tails`.
+        `whole` has the ids of the prompt and its reply, tokenised as one text. Tokenizers first split text at added
+        tokens. So the reply can change only the ids of the end of the prompt, from its last control token on. `tails`,
+        the cache of `_learn_tails`, has the ids of this end without a reply. `whole` must have the same ids there.
         """
         count, start = self.text.last_control(prompt)
         if count == 0:
@@ -915,8 +915,8 @@ class AutoEncoder(Encoder):
         """Return the spans of the earlier reply in the message `index`, as positions in the text of the prompt.
 
         Usually this is one span, including the end of turn. The list is empty if the template does not print the reply.
-        Some templates print the text of a reply with calls only after the results of the calls. Then a second span
-        covers this text.
+        A reply with calls can also have text. Some templates print this text later, after the results of the calls.
+        Then a second span covers it.
         """
         chat, prompt = part.chat, part.prompt
         message = chat.messages[index]
@@ -935,11 +935,11 @@ class AutoEncoder(Encoder):
         return spans
 
     def _turn_start(self, part: _Parts, index: int, first: int) -> int:
-        """Return the position in the prompt at which an earlier turn begins to carry loss.
+        """Return the position in the prompt at which the loss of an earlier turn begins.
 
-        This is the position at which the generation prompt for the turn ends. Text that the template prints only in a
-        generation prompt, such as a think block, is ignored. `first` is the position at which the content of the turn
-        begins. Returns the length of the prompt if the position cannot be found.
+        Loss begins where the generation prompt of the turn ends. The end of a generation prompt, such as a think block,
+        may be missing in an earlier turn. Then loss begins after the part that is printed. `first` is the position of
+        the content of the turn. Returns the length of the prompt if the position cannot be found.
         """
         chat = part.chat
         starts = [self._start_under(part, index, first, chat.settings)]
@@ -1030,14 +1030,13 @@ def _is_printed(content: str, reasoning: str, follows: str, *, is_call: bool, re
 
     `follows` is the text that the template prints after the prompt. `is_call` says whether the reply has calls, and
     `reasons` whether it has reasoning. If the reply has calls or reasoning, think tags and the spaces around them are
-    not compared. If `follows` begins with a closed think block, reasoning counts as changed, because the reasoning
-    would come after this block.
+    not compared. Returns False for a reply with reasoning if `follows` begins with a closed think block.
     """
     if not (reasons or is_call or reasoning):
         return content in follows
     pieces = [piece.strip() for piece in (*_ANY_THINK_TAG.split(content), reasoning)]
     places = [follows.find(piece) for piece in pieces if piece]
-    # If `follows` begins with a closed think block, the reasoning would be trained after this block.
+    # The reasoning would be trained after the closed think block, not inside it.
     begins_closed = _BEGINS_CLOSING.match(follows) or _EMPTY_BLOCK.match(follows)
     return -1 not in places and not (reasons and begins_closed)
 

@@ -110,9 +110,10 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
 
 
 def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
-    """Return the row with the prompt in `pieces` split, so that each of these spans is one item of `pieces`.
+    """Return the row with each of these spans as a separate item of `pieces`.
 
-    The spans are positions in the text of the prompt. Each span is an earlier reply that carries loss.
+    The spans are character positions in the prompt, the first item of `pieces`. Each span is an earlier reply that
+    carries loss.
     """
     prompt, *others = row.pieces
     pieces: list[str] = []

@@ -53,10 +53,10 @@ class Encoder:
     embedding: int | None = None
 
     def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None, printed: str = '') -> None:
-        """Keep the settings.
+        """Keep the settings, and find the control tokens.
 
-        `printed` is the source text of the template. The control tokens are the special tokens of the tokenizer, and
-        the added tokens in this text. In data, the text of a control token is tokenised as plain text.
+        Control tokens are the special tokens of the tokenizer, and those of its added tokens that occur in `printed`,
+        the source of the template. A control token that is written in data is tokenised as plain text.
         """
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer, printed=printed)
@@ -65,7 +65,10 @@ class Encoder:
 
     @property
     def switch(self) -> str | None:
-        """Return the template setting for replies with reasoning, as name=value. Returns None if none is needed."""
+        """Return the template setting with which a reply with reasoning is encoded, e.g. 'enable_thinking=True'.
+
+        Returns None if such a reply needs no setting.
+        """
         return None
 
     @property
@@ -138,7 +141,7 @@ class Encoder:
         return cut_row(row, self.max_length, self.tokenizer) if self.overlong == 'cut' else row
 
     def pieces_of(self, row: Encoded, max_length: int) -> list[Encoded]:
-        """Return a row of plain text as rows of at most `max_length` ids. Any other row is returned as the only item.
+        """Split a row of plain text into rows of at most `max_length` ids. Any other row is returned as the only item.
 
         Each row after the first begins with the ids that the tokenizer puts before a text. If the tokenizer puts none,
         the row begins with the last id of the previous row. So the first id after a split is predicted too.
@@ -180,9 +183,9 @@ class Encoder:
         return tuple(path for path, _ in self.open_images(row)[1])
 
     def open_images(self, row: Row) -> tuple[Row, FoundImages]:
-        """Return the row and its images. In the text of the row, `self.text.image` replaces each image tag.
+        """Return the row and its images. In the row, a random text (`self.text.image`) replaces each image tag.
 
-        `self.text.image` is a random text that stands for an image. Plain text has no images.
+        A row of plain text is returned unchanged, without images.
         """
         if row.is_text:
             return row, []

@@ -51,7 +51,7 @@ def _any_of(spellings: Sequence[str]) -> re.Pattern[str]:
 
 
 def _is_printed(spelling: str, printed: str) -> bool:
-    """Return whether an added token is a marker in the source `printed` of the template.
+    """Return whether an added token is a marker, such as <|user|>, that occurs in the template text `printed`.
 
     A word or whitespace is not a marker.
     """
@@ -173,7 +173,10 @@ class TextTokenizer:
         return self._guarded.sub(lambda m: self._by_number[int(m[1])], text)
 
     def guarded_ids(self, text: str) -> list[int]:
-        """Return the ids of template text with guarded data. Control tokens are active only in the template text."""
+        """Return the ids of guarded text: template text with data, in which `guard` has replaced control tokens.
+
+        Control tokens of the template get their own ids. Control tokens of the data are tokenised as plain text.
+        """
         if self._nonce not in text:
             return self.ids([text])[0]
         if self._backend is None:

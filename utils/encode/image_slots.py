@@ -27,14 +27,11 @@ def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
     """Return the row and its images. In the row, the text `stand_in` replaces each image tag of the user turns.
 
-    If no user turn has an image tag, the images of a column of {bytes, path} come before the text of the first user
-    turn.
+    An image column has cells {bytes, path}. If no user turn has an image tag, the images of this column come before the
+    text of the first user turn. Raises RowRefused if an image cannot be used.
 
-    If `images` is None, the model has no vision tower. Then a row with images raises RowRefused, except if the images
-    are of a column of {bytes, path} and no user turn has an image tag. A row that does not raise is returned unchanged,
-    with an empty list.
-
-    With a vision tower, images that cannot be used raise RowRefused.
+    If `images` is None, the model has no vision tower. Then the row is returned unchanged, with an empty list. An image
+    column is ignored if no user turn has an image tag. Other images raise RowRefused.
     """
     if images is None:
         if row.images and not is_untagged(row):
@@ -57,9 +54,10 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
 
 
 def fill_slots(ids: list[int], found: FoundImages, slot: int, max_length: int) -> list[int]:
-    """Return the ids with the image slot of each image repeated, so that there is one for each feature of the image.
+    """Repeat the token `slot` of each image until the image has one token for each feature, and return the ids.
 
-    Raises RowRefused if the cut to `max_length` would remove image tokens.
+    Raises RowRefused if `ids` does not have one slot for each image. Raises RowRefused also if the cut to `max_length`
+    would remove image tokens.
     """
     if ids.count(slot) != len(found):
         raise RowRefused('the template does not print each image once')

@@ -233,7 +233,10 @@ def _weights(shape: Shape, mode: Mode) -> int:
 
 
 def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
-    """Return the bytes saved for the backward pass as two numbers: by all layers on one device, and by one layer."""
+    """Return the bytes of activations that are saved for the backward pass.
+
+    The first number is for all layers on one device, the second for one layer.
+    """
     c = mode.compute
     heads = shape.heads * shape.head_dim
     residual = mode.trained if mode.full else c
@@ -370,9 +373,9 @@ def _gathered(shape: Shape, mode: Mode, trained: int) -> int:
 def _step(shape: Shape, mode: Mode, own: int) -> int:
     """Return the temporary bytes of the optimizer step. `own` is the number of trained parameters on one device.
 
-    The optimizer for bf16 weights needs temporary memory for one chunk of values. Other optimizers need temporary
-    memory only with FSDP, because they are not fused then. On a GPU, they need it for all trained tensors together. On
-    a CPU, they need it for the largest tensor.
+    The optimizer for bf16 weights needs temporary memory for one chunk of values. Other optimizers are fused and need
+    none, except with FSDP. With FSDP on a GPU, they need temporary memory for all trained tensors together. With FSDP
+    on a CPU, they need it for the largest tensor.
     """
     if mode.full and mode.trained == 2:
         return _STEP_BYTES * min(own, STEP_CHUNK)

@@ -67,7 +67,7 @@ class Shape:
 
     @functools.cached_property
     def paths(self) -> dict[str, tuple[int, int]]:
-        """Return a dict from the path of each linear layer to its numbers of input and output features."""
+        """Return {module path of a linear layer: (number of input features, number of output features)}."""
         return {
             path: (rows, columns)
             for pattern, sizes in self.modules.items()
@@ -77,11 +77,11 @@ class Shape:
 
     @functools.cached_property
     def linear(self) -> dict[str, list[list[int]]]:
-        """Return {last name of the path: a list of [count, in, out]} for all linear layers."""
+        """Return {last part of the module path, e.g. 'q_proj': a list of [count, in, out]} for all linear layers."""
         return self.sizes_of(self.paths)
 
     def sizes_of(self, paths: Iterable[str]) -> dict[str, list[list[int]]]:
-        """Return {last name of the path: a list of [count, in, out]} for the linear layers with these paths."""
+        """Return the sizes of the linear layers with these module paths, in the form of `linear`."""
         counts = Counter((last_name(path), *self.paths[path]) for path in paths)
         found: dict[str, list[list[int]]] = {}
         for (name, rows, columns), count in counts.items():

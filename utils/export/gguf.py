@@ -113,7 +113,7 @@ def _serve(file: Path) -> str:
 
 
 def _convert(command: Sequence[str], checkout: Path, target: Path) -> None:
-    """Run the converter of a llama.cpp checkout. Raises ConfigError with the end of its output if it fails.
+    """Run the converter of a llama.cpp checkout. If it fails, raises ConfigError with the last lines of its output.
 
     Environment variables that look like secrets are not passed to the converter, because its code is not trusted.
     """
@@ -136,12 +136,12 @@ def _convert(command: Sequence[str], checkout: Path, target: Path) -> None:
     if done.returncode:
         raise ConfigError(
             f'--llama_cpp {checkout}: {CONVERTER} failed with exit code {done.returncode}. Update the checkout, and '
-            f'install what its requirements.txt names. The end of the converter output:\n{shown}'
+            f'install what its requirements.txt names. The last lines that the converter printed:\n{shown}'
         )
     if not target.is_file():
         raise ConfigError(
             f'--llama_cpp {checkout}: {CONVERTER} ended without an error, but wrote no file. Update the checkout. The '
-            f'end of the converter output:\n{shown}'
+            f'last lines that the converter printed:\n{shown}'
         )
 
 
@@ -177,7 +177,7 @@ def _prove(file: Path, folder: Path, encoder: Encoder, kind: str, *, rows: Seque
         allowed = bound * float(logits.abs().max())
         if not difference <= allowed:
             raise ConfigError(
-                _refusal(file, f'its logits differ by up to {difference:.4g}, rounding explains {allowed:.4g}.')
+                _refusal(file, f'its logits differ by up to {difference:.4g}. Rounding explains only {allowed:.4g}.')
             )
         largest_difference = max(largest_difference, difference)
 
@@ -191,8 +191,8 @@ def _prove(file: Path, folder: Path, encoder: Encoder, kind: str, *, rows: Seque
 def _refusal(file: Path, fault: str) -> str:
     target = file.with_name(file.name.removeprefix('.aside-'))
     return (
-        f'--gguf {target}: not written: {fault} Update the llama.cpp checkout, and report this to llama.cpp. The '
-        f'rejected file is {file}.'
+        f'--gguf {target}: not written, because {fault} Update the llama.cpp checkout, and report this to llama.cpp. '
+        f'The rejected file is kept as {file}.'
     )
 
 
@@ -210,14 +210,14 @@ def _template_fault(header: GgufHeader, tokenizer: Any) -> str | None:
         (n for n, (one, other) in enumerate(zip(found, wanted, strict=False)) if one != other),
         min(len(found), len(wanted)),
     )
-    return f'its chat template is not that of the merged model: they differ from character {place + 1} on.'
+    return f'its chat template and the chat template of the merged model differ from character {place + 1} on.'
 
 
 def _token_fault(found: Any, tokenizer: Any, rows: Sequence[Row]) -> str | None:
     """Return a message about the first text for which two tokenizers give different ids, or None if there is none.
 
-    `found` is the tokenizer in the GGUF file, and `tokenizer` that of the merged model. The texts are those of `rows`
-    and of the test conversations that `probes` returns.
+    `found` is the tokenizer in the GGUF file, and `tokenizer` is the tokenizer of the merged model. The texts are taken
+    from `rows`, and from the test conversations that `probes` returns.
     """
     texts = [turn['content'] for row in [*rows, *probes()] for turn in row.messages]
     for text in texts:

@@ -222,14 +222,14 @@ def merge_and_save(
         raise
 
     if fault:
-        raise ConfigError(f'{target}: not written: {fault} The rejected folder is {unchecked}.')
+        raise ConfigError(f'{target}: not written, because {fault} The rejected model is kept in {unchecked}.')
     put_in_place(unchecked, target)
 
     largest = max(float(logits.abs().max()) for logits in expected.wanted)
     head = 'tied' if (written.tied or expected.tied)[0] else 'separate'
     rounded = ''
     if share < _WHOLE:
-        rounded = f'; {share:.0%} of what the adapter does: the rest was rounded away, --dtype fp32 keeps it'
+        rounded = f'; it keeps {share:.0%} of the effect of the adapter: --dtype fp32 keeps what rounding removed'
     compared = f'a fixed text, the new tokens and {len(texts)}' if new else f'a fixed text and {len(texts)}'
     return (
         f'the logits of base + adapter on {compared} of your rows (largest difference '
@@ -241,12 +241,13 @@ def merge_and_save(
 def verify_merged(
     folder: Path, expected: Expected, written: Written, base: Base | None = None
 ) -> tuple[float, float, str | None]:
-    """Load the model in a merged folder, and compare it with `expected`.
+    """Load the model in a merged folder, and compare it with `expected`. Returns (difference, share, fault).
 
-    The model is loaded with the function `reopen` of `base`. If `base` is None, the model is loaded with default
-    settings. Returns three values: the largest absolute difference between a logit and that of base + adapter, the
-    smallest share of the adapter's effect that the merged model keeps (see `_share_of_adapter`), and a description of
-    the first problem, or None if there is no problem.
+    `difference` is the largest absolute difference between the logits of the merged model and of base + adapter.
+    `share` is the smallest share of the adapter's effect that the merged model keeps (see `_share_of_adapter`). `fault`
+    describes the first problem, or is None.
+
+    The model is loaded with the function `reopen` of `base`. If `base` is None, it is loaded with default settings.
     """
     if base is not None:
         reopened, found_tokenizer = base.reopen(folder)
@@ -262,11 +263,11 @@ def verify_merged(
     bound = max(_BOUND[dtype] for dtype in dtypes)
     same = _SAME if reopened.config._attn_implementation == expected.kernel else bound
     fault = _logits_fault(found, expected.wanted, bound, 'base + adapter')
-    fault = fault or _logits_fault(found, written.made or found, same, 'what was written')
+    fault = fault or _logits_fault(found, written.made or found, same, 'the model that was written')
     if fault is None and share < _LOST:
         fault = (
-            f'the merged model keeps {share:.0%} of what the adapter does: the rest was rounded away. '
-            'Merge with --dtype fp32.'
+            f'rounding of the merged weights removed the effect of the adapter (remaining: {share:.0%}). Merge with '
+            '--dtype fp32, which keeps the effect.'
         )
     return difference, share, fault or _settings_fault(reopened, found_tokenizer, expected, written)
 
@@ -283,7 +284,8 @@ def _logits_fault(
         apart = float((one - other).abs().max())
         if not apart <= bound:
             return (
-                f'the merged model differs from {what}: its logits by up to {apart:.4g}, rounding explains {bound:.4g}.'
+                f'the logits of the merged model differ from those of {what} by up to {apart:.4g}. Rounding explains '
+                f'only {bound:.4g}.'
             )
     return None
 
@@ -367,4 +369,4 @@ def _keep_other_files(earlier: Path, target: Path) -> None:
         path.rename(target / path.name)
     if kept:
         names = ', '.join(path.name for path in kept)
-        logger.info(f'{target}: kept from the earlier merged folder: {names}')
+        logger.info(f'{target} keeps these files of the earlier merged folder: {names}')

@@ -66,10 +66,8 @@ class Turns:
         )
 
     def go_template(self) -> str:
-        """Return the template in the language of Ollama.
-
-        The texts are written as quoted strings, so the line breaks of the template itself are not printed.
-        """
+        """Return the template in the language of Ollama."""
+        # `{{-` removes the line break before it, so the template can have lines. Quoted strings keep their line breaks.
         start = _print(self.opening)
         if self.before_system is not None:
             system = f'{_print(self.before_system)}{{{{ $.System }}}}{_print(self.after_system)}'
@@ -172,9 +170,10 @@ def compare_turns(turns: Turns, render: Render, rows: Sequence[Row]) -> Compared
 
 
 def _judge(turns: Turns, render: Render, row: Row, messages: Sequence[Mapping[str, str]]) -> str:
-    """Return the name of the field of `Compared` that counts this row.
+    """Compare the prompt of `turns` with the prompt of the chat template for a row.
 
-    Raises NotExpressible if the two prompts of a plain conversation (see `_is_plain`) differ.
+    Returns the name of the field of `Compared` that counts the row. Raises NotExpressible if the prompts of a plain
+    conversation (see `_is_plain`) differ.
     """
     if not _is_plain(row, has_system=turns.before_system is not None):
         return 'unlike'

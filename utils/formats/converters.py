@@ -76,7 +76,7 @@ def alpaca(
 def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
     """Return a converter that keeps only rows whose kind is in `kinds`. `column` contains the kind of a row.
 
-    Rows of a different kind are skipped. Rows without a kind are dropped.
+    A row of another kind is valid and is skipped. A row without a kind is broken and is dropped.
     """
     wanted = frozenset(kinds)
 
@@ -91,9 +91,9 @@ def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
 
 
 def without_history(column: str, to_row: ToRow) -> ToRow:
-    """Return a converter that keeps only rows whose history is empty.
+    """Return a converter that keeps only rows with an empty history.
 
-    Rows with a history are skipped. Rows whose history cannot be read are dropped.
+    A row with a history is valid and is skipped. A row whose history cannot be read is broken and is dropped.
     """
 
     def without(row: SourceRow) -> PlainRow | None:

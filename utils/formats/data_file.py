@@ -67,9 +67,11 @@ def read_rows(
     A text file gives one row, with only the column `text`. If `text_rows` is 'paragraph', it gives one row per
     paragraph (lines without an empty line between them). A text file without text gives one row with an empty text.
 
-    Raises ConfigError if the file cannot be read, or has no rows. `known` is the signature from an earlier reading.
-    Raises ConfigError if the file changed since then, or changes while it is read. `digest` is a hash object; it is
-    updated with all bytes that are read. `remark` is called with each remark on how the file is read.
+    `known` is the signature of the file at an earlier reading. `digest` is a hash object; it is updated with all bytes
+    that are read. `remark` is called with each remark on how the file is read.
+
+    Raises ConfigError if the file cannot be read, has no rows, differs from the file at the earlier reading, or changes
+    while it is read.
     """
     before = known or signature(path)
     kind = path.name.lower().removesuffix('.gz').rpartition('.')[2]

@@ -136,13 +136,13 @@ def _condition(rng: random.Random, unseen: bool, column: str) -> tuple[str, str]
 def is_right(row: dict[str, str], answer: str) -> bool:
     """Return whether the SQL of the answer selects the same records as the reference SQL, row['response'].
 
-    Both are run on the table of the row. The table is filled several times with different random data near the values
-    of the reference, so that a wrong column, value or comparison changes the result. The order of the records matters
-    only if the reference sorts.
+    Both are run on the table of the row several times, with different random data. Many cells equal a value in the
+    reference or are close to it, so that a wrong column, value or comparison changes the result. The order of the
+    records matters only if the reference sorts.
 
-    If the answer has a fenced code block, only this block is used. The SQL ends at the first semicolon. If a second
-    statement follows the semicolon, the answer is wrong. Any other text there is ignored. SQL that is not a plain
-    SELECT is also wrong.
+    If the answer has a fenced code block, only this block is used. The SQL ends at the first semicolon. The answer is
+    wrong if a second statement follows the semicolon. Any other text after the semicolon is ignored. An answer that is
+    not a plain SELECT is also wrong.
     """
     sql = _statement(answer)
     if not sql:

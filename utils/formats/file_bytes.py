@@ -53,7 +53,10 @@ class UnreadableRow(ConfigError):
 
 
 def refuse(location: str, problem: str) -> NoReturn:
-    """Raise UnreadableRow. A reader with this function as `bad` stops at the first row that cannot be read."""
+    """Raise UnreadableRow.
+
+    Pass this function to a reader as its argument `bad`. Then the reader stops at the first row that cannot be read.
+    """
     raise UnreadableRow(location, problem)
 
 
@@ -115,8 +118,8 @@ class FileBytes:
     def _recognise(self, head: bytes) -> None:
         """Convert the stream to UTF-8 if its first bytes, `head`, are a byte-order mark of UTF-16 or UTF-32.
 
-        Raises UnreadableRow if the file is not text, or if it has NUL bytes but no byte-order mark. Without the mark,
-        the encoding of such a file is not certain.
+        Raises UnreadableRow if the file is not text. Raises it also if `head` has NUL bytes but no byte-order mark,
+        because the encoding is then not certain.
         """
         self.converted = next((encoding for mark, encoding in _WIDE if head.startswith(mark)), '')
         if self.converted:
@@ -139,9 +142,9 @@ class FileBytes:
         try:
             return read(size)
         except (OSError, EOFError, zlib.error) as error:
-            what = 'gzip file is broken' if self.is_gzip else 'file cannot be read'
+            problem = 'the gzip file is broken' if self.is_gzip else 'the file cannot be read'
             raise ConfigError(
-                f'{self.path}: the {what} after {self.total} bytes of data: {error}. {DOWNLOAD_AGAIN}'
+                f'{self.path}: {problem} after {self.total} bytes of data ({error}). {DOWNLOAD_AGAIN}'
             ) from None
 
     def _take(self, read: Callable[[int], bytes], size: int) -> bytes:

@@ -192,9 +192,10 @@ def _unpack_images(archive: Path) -> Path:
 
 
 def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
-    """Return the row with its image given as the path of a file. Image bytes are written to a file in the cache.
+    """Return a copy of the row in which `column` has the path of an image file.
 
-    Raises BadRow if the path is absolute or leaves the folder `base`.
+    If the row has the bytes of the image, they are written to a file in the cache. Otherwise the path in the row starts
+    in the folder `base`. Raises BadRow if the path is absolute or leaves this folder.
     """
     found = {name.removesuffix(':FILE'): value for name, value in row.items()}
     image = found.get(column)

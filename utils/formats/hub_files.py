@@ -71,7 +71,7 @@ class HubFiles:
     def key(self, hub_name: HubName) -> tuple[str, ...]:
         """Return a key that identifies the data set and its hub.
 
-        `hub_name` is the hub of --hub. It is used if `word` has no prefix for a hub. So with --hub modelscope,
+        `hub_name` is the hub of --hub. It is used if the user typed no prefix for a hub. So with --hub modelscope,
         ms:owner/name and owner/name have the same key.
         """
         return (str(self.repos(hub_name)[0]), self.part or '', self.split or '')
@@ -150,10 +150,11 @@ class HubFiles:
         )
 
     def _choose_subset(self, subsets: Mapping[str, Mapping[str, list[str]]], default: str) -> tuple[str, str | None]:
-        """Return (subset, split). The split is None if `word` names no split.
+        """Return (subset, split). The split is None if the user typed no split.
 
-        If `word` names no subset, the subset `default` is used. If there is no subset of this name, the only subset is
-        used. Raises ConfigError if there are several subsets instead, or if `part` is neither a subset nor a split.
+        `self.part` is the subset or the split that the user typed. If no subset was typed, the subset `default` is
+        used. If there is no subset `default`, the only subset is used. Raises ConfigError if no subset can be chosen,
+        or if `self.part` is neither a subset nor a split.
         """
         names = list(subsets)
         usual = default if default in subsets else names[0] if len(names) == 1 else None
@@ -215,9 +216,9 @@ class HubFiles:
             )
 
     def _typed(self, *parts: str) -> str:
-        """Return the name of the data set as a user would type it after --dataset, with these parts after the id.
+        """Return the text for --dataset that names other parts of this data set.
 
-        `parts` are a subset and a split. They replace the subset, split or file that `word` has.
+        `parts` are a subset and, optionally, a split. The hub, the id and the revision stay as the user typed them.
         """
         prefix = self.word[: self.word.index(self.id)]
         revision = '' if self.revision == 'master' else f'@{self.revision}'

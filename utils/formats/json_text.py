@@ -35,7 +35,7 @@ def _read_integer(written: str) -> int | WrittenNumber:
 
 
 class RowWithRepeatedKeys(dict[str, Any]):
-    """A row in which a JSON object has the same key twice. `repeated_keys` has these keys. The last value is used."""
+    """A row in which a JSON object has a key twice. `repeated_keys` has these keys. The last value of a key is used."""
 
     def __init__(self, row: dict[str, Any], keys: Iterable[str]) -> None:
         super().__init__(row)
@@ -78,7 +78,7 @@ class JsonParser:
         return self._decoder.raw_decode(text, position)
 
     def row(self, value: Any) -> Any:
-        """Return the value, as RowWithRepeatedKeys if repeated keys were recorded. Clears the recorded keys."""
+        """Return the value and clear `repeated`. If `repeated` had keys, a dict becomes a RowWithRepeatedKeys."""
         if self.repeated and isinstance(value, dict):
             value = RowWithRepeatedKeys(value, self.repeated)
         self.repeated.clear()
@@ -100,9 +100,9 @@ class Spelling:
         self._written: dict[str, str] = {}
 
     def hide(self, value: Any) -> Any:
-        """Return nested JSON data with a stand-in for each number that a JSON writer would not print as in the source.
+        """Return nested JSON data with a stand-in for each number that a JSON writer would change, such as 1.10.
 
-        Data without such a number is returned unchanged, not copied.
+        Data without such a number is returned itself, not as a copy.
         """
         if isinstance(value, WrittenNumber):
             return value if repr(value) == value.written else self._stand_in(value.written)
@@ -120,11 +120,11 @@ class Spelling:
         self._written[repr(number)] = written
         return number
 
-    def show(self, text: str) -> str:
-        """Return a printed text with each stand-in replaced by the text of its number."""
+    def show(self, printed: str) -> str:
+        """Return the printed text with each stand-in of `hide` replaced by the number as it is in the source."""
         if not self._written:
-            return text
-        return re.sub('|'.join(map(re.escape, self._written)), lambda match: self._written[match[0]], text)
+            return printed
+        return re.sub('|'.join(map(re.escape, self._written)), lambda match: self._written[match[0]], printed)
 
 
 def json_as_written(

@@ -30,9 +30,9 @@ def messages_form(row: Row, folder: Path, *, marks_loss: bool, sees_images: bool
     The result has the conversation, tools and images of the converted row. Relative paths of images start in `folder`.
     Unused columns and keys of messages are copied.
 
-    Every reply of a row with `messages` normally carries loss. If `marks_loss` is True and only the last reply of the
-    source row carries loss, the other replies get `"loss": false`. If `sees_images` is False, the model does not use
-    images, and their bytes are not copied.
+    In a row with `messages`, every reply carries loss unless it is marked. So if only the last reply of the source row
+    carries loss, `marks_loss` marks the earlier replies with `"loss": false`. If `sees_images` is False, the model uses
+    no images, and an image column is not copied.
     """
     made = MessagesForm(row={})
     made.not_copied += [name for name in row.unused if not name.startswith((_COLUMN, _KEY))]
@@ -80,10 +80,10 @@ def _message(message: Message, row: Row, folder: Path) -> dict[str, Any]:
 
 
 def _moved(path: str, source: str | None, target: Path) -> str:
-    """Return the path of an image for a data file in `target`. `path` is the path for a data file in `source`.
+    """Return the path by which a data file in the folder `target` names an image.
 
-    If the image is inside `target`, the result is a relative path, otherwise an absolute path. A path that cannot be
-    used, such as a URL, is returned unchanged.
+    `path` is the path by which a data file in the folder `source` names it. If the image is inside `target`, the result
+    is a relative path, otherwise an absolute path. A path that cannot be used, such as a URL, is returned unchanged.
     """
     if not path or source == str(target):
         return path

@@ -1,4 +1,4 @@
-"""How the rows of data files are read: the names of columns that --columns gives, and the unit of text files."""
+"""How data files are read: new names for columns (--columns), and the rows of text files (--text_rows)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from utils.formats.json_text import RowWithRepeatedKeys
 class Reading:
     """How data files are read.
 
-    `columns` maps names of columns in the files to the names that are read. An empty name leaves the column out.
+    `columns` renames columns: it is {name in the file: new name}. A column with an empty new name is dropped.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     # The rows of a text file.
     text_rows: TextRows = 'document'
-    # Whether a name of `columns` that no row has is an error. It is none if the names are those of an earlier run.
+    # True: a column of `columns` that no row has is an error. False: it is ignored, as for the names of an earlier run.
     complete: bool = True
 
     def renamed(self, row: dict[str, Any], location: str) -> dict[str, Any]:
         """Return the row with its columns renamed. Raises ConfigError if two columns would get the same name.
 
-        A column that is left out gets a name that no format reads, so that its text counts as not used.
+        A column that --columns drops stays in the row under a name that no format reads. So its text is reported as
+        not used.
         """
         if self.columns.keys().isdisjoint(row):
             return row
@@ -39,9 +40,9 @@ class Reading:
             new = self.columns.get(name, name) or f'{name} (left out)'
             if new in sources:
                 raise ConfigError(
-                    f"{location}: with --columns, two columns have the name '{new}': {sources[new]} and {name}. Remove "
-                    f'the entry that renames a column to {new} from --columns, or add the entry {new}= to drop the '
-                    f'column {new} of the file.'
+                    f"{location}: --columns gives the columns {sources[new]} and {name} the same name '{new}'. To drop "
+                    f"the file's own column {new}, add {new}= to --columns. To keep it, remove the entry that ends in "
+                    f'={new}.'
                 )
             made[new] = value
             sources[new] = name
@@ -61,10 +62,10 @@ class Reading:
 
 
 def read_columns(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Return ({name in the file: name that is read}, problems) for the words of --columns.
+    """Return ({name in the file: new name}, problems) for the words of --columns.
 
-    A word is NAME=COLUMN: the name in the file, then the name that is read. If COLUMN is empty, the column is left out.
-    If a word is wrong, the dict does not contain it, and `problems` has a message about it.
+    A word NAME=COLUMN renames the column NAME of the file to COLUMN. If COLUMN is empty, the column is dropped. A wrong
+    word is not in the dict, and `problems` has a message about it.
     """
     columns: dict[str, str] = {}
     problems: list[str] = []

@@ -86,8 +86,8 @@ def _find_separator(location: str, head: Sequence[str], usual: str) -> str:
 def _column_names(location: str, cells: list[str]) -> list[str]:
     """Return the names in a header. Empty cells at its end are dropped.
 
-    One other cell may be empty, because the header of an index column is often empty. Raises UnreadableRow if several
-    other cells are empty, or if a name occurs twice.
+    Among the remaining cells, one may be empty, because the header of an index column is often empty. Raises
+    UnreadableRow if several of them are empty, or if a name occurs twice.
     """
     names = list(cells)
     while names and not names[-1].strip():
@@ -103,9 +103,9 @@ def _column_names(location: str, cells: list[str]) -> list[str]:
 def _misfit(cells: Sequence[str], names: Sequence[str], width: int, separator: str) -> str | None:
     """Return the problem with the number of cells in a row. Returns None if the cells fit the header.
 
-    `names` are the names in the header. `width` is the number of all cells in the header, including the empty
-    cells at its end. In the row, empty cells after the last named column are allowed, because spreadsheet programs
-    write such cells.
+    `names` are the column names in the header. `width` is the number of cells in the header, including empty cells
+    after the last name. A row may have empty cells after the last named column, because spreadsheet programs write
+    such cells.
     """
     beyond = next((number for number, cell in enumerate(cells) if number >= len(names) and cell.strip()), None)
     if beyond is not None and len(cells) <= width:

@@ -92,8 +92,8 @@ class ModelScope:
     def list_files(self, repo: Repo, kind: Kind) -> Listing:
         """Return the size and digest of every file in a repository, by file name, and the newest commit.
 
-        The hub names the last commit of each file. The newest of these commits is the commit of the revision, unless a
-        later commit only removed files.
+        The hub gives only the last commit of each file, so the newest of these commits is returned. A later commit that
+        only removed files is not seen.
         """
         with self._translated_errors():
             entries = self._api.legacy.list_repo_files(repo.id, kind, revision=repo.revision)

@@ -158,8 +158,8 @@ def find(repos: Sequence[Repo], kind: Kind, *, remedy: str = '') -> Snapshot:
     hint = ' Give a local directory with --model_id_or_path.' if kind == 'model' else ''
     tokens = ' or '.join(dict.fromkeys(TOKEN_VARIABLES[repo.hub] for repo in repos))
     raise ConfigError(
-        f'{kind} {", ".join(gone)}: not found (404). It is gone, or private and hidden without a token ({tokens}). '
-        f'Check the id and the revision.{hint}{remedy}'
+        f'{kind} {", ".join(gone)}: not found (404). It does not exist, or it is private. Check the id and the '
+        f'revision. If it is private, set the environment variable {tokens} to a token that may read it.{hint}{remedy}'
     )
 
 
