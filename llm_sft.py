@@ -174,8 +174,7 @@ class Opened:
 def open_for_training(done: Ready[SftArguments], run: Run) -> Opened:
     """Open the base model and make its encoder. Files of --score are executed first, so that their errors show early.
 
-    Logs a warning if the base model never saw the token that ends a turn, because LoRA cannot teach such a
-    model to stop.
+    With LoRA, logs a warning if the base model never learnt the token that ends a turn. LoRA cannot teach this token.
     """
     from utils.infer.scores import Scores
     from utils.loading.image_processors import open_images

@@ -214,8 +214,9 @@ def test_typed_flags_that_differ_from_the_adapter_are_refused(first: Path, run_s
     ]  # fmt: skip
     run_sft('--adapter', str(given), '--lora_target_modules', 'q_proj', 'o_proj', expect=2)
     assert problems()[-1] == (
-        f'--lora_target_modules q_proj o_proj: the adapter in {given} is on 4 layers (q_proj, v_proj), and these words '
-        'name 4. Remove --lora_target_modules, or train a new adapter without --adapter.'
+        f'--lora_target_modules q_proj o_proj: these are not the layers of the adapter in {given}. The adapter is on '
+        '4 layers (q_proj, v_proj), and the flag selects 4. Remove --lora_target_modules to use the layers of the '
+        'adapter, or train a new adapter without --adapter.'
     )
     same = ('--lora_rank', '4', '--lora_target_modules', 're:.*[qv]_proj', '--max_steps', '1')
     assert (run_sft('--adapter', str(given), *same) / 'run.json').is_file()

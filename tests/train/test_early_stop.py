@@ -126,8 +126,8 @@ def test_a_resumed_run_keeps_the_count(run_sft: Run, tmp_path: Path, problems: P
 
     run_sft(*flags_of_rest, *flags, '--resume_from_checkpoint', str(whole / 'checkpoint-5'), expect=2)
     assert problems() == [
-        '--early_stop 3: the resumed run had ended, because its last 3 evaluations were not better than that of step '
-        '2. Raise or remove --early_stop to continue.'
+        '--early_stop 3: no step is left to train. The last 3 evaluations up to the checkpoint were not better than '
+        'the evaluation at step 2. Raise or remove --early_stop to continue training.'
     ]
     file.write_text(OWN.replace('[1, 3, 2, 3, 2, 9]', '[9]'))
     longer = ('--early_stop', '4', '--resume_from_checkpoint', str(whole / 'checkpoint-5'))

@@ -72,6 +72,6 @@ def test_a_lora_run_warns_with_the_remedy(
     tokenizer.save_pretrained(tmp_path / 'base')
     words = small_flags(tmp_path / 'base', data_file, tmp_path / 'out')
     assert llm_sft.main([*words, '--max_steps', '1', *flags]) == 0
-    said = [r.getMessage() for r in caplog.records if 'the base model never learnt' in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if 'The base model never learnt' in r.getMessage()]
     assert len(said) == warned
     assert all("'<|im_end|>'" in line and '--sft_type full' in line for line in said)

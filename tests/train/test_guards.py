@@ -132,7 +132,7 @@ def test_gradients_that_are_zero_stop_the_run(
     run = run_sft(*SAVED_EACH_STEP, expect=2)
     (message,) = problems()
     assert re.match(
-        rf'step {step}: the loss is \d\.\d+ and every gradient is exactly zero: none of the 8,192 trainable', message
+        rf'step {step}: the loss is \d\.\d+, but every gradient is exactly zero. None of the 8,192 trainable', message
     )
     assert len(all_checkpoints(run)) == step - 1
 

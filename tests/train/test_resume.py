@@ -146,7 +146,7 @@ def test_a_flipped_byte_is_refused_by_name(run_sft: Run, problems: Problems) -> 
 def test_a_run_that_has_ended_is_not_resumed(run_sft: Run, problems: Problems) -> None:
     run = run_sft('--max_steps', '3')
     run_sft('--max_steps', '3', '--resume_from_checkpoint', str(run / 'checkpoint-3'), expect=2)
-    assert 'is of step 3 and this run ends at step 3: no step is left to train' in problems()[0]
+    assert 'no step is left to train. The checkpoint is of step 3, and this run ends at step 3.' in problems()[0]
 
 
 @pytest.mark.slow

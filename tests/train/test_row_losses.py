@@ -90,7 +90,7 @@ def test_a_resumed_full_run_says_that_the_losses_before_are_lost(
     flags = ('--sft_type', 'full', '--only_save_model', 'false')
     run = run_sft(*flags, '--compare_rows', '0')
     resumed = run_sft(*flags, '--resume_from_checkpoint', str(run / 'checkpoint-3'))
-    assert 'no losses before training, because the resumed run has stored none' in caplog.text
+    assert 'the losses before training are missing, because the run that wrote the checkpoint did' in caplog.text
     assert all(row['loss_before'] is None and row['loss_after'] > 0 for row in read_rows(resumed))
 
 
@@ -161,8 +161,8 @@ def test_two_files_of_answers_are_compared_row_by_row(tmp_path: Path, capsys: py
     assert 'no row has the same kind of score in both' in capsys.readouterr().err
     broken = write_jsonl(tmp_path / 'broken.jsonl', [{'query': 'a'}])
     assert main([str(before), str(broken)]) == 2
-    assert 'it holds no answers of llm_infer.py, or answers without origins (KeyError)' in capsys.readouterr().err
+    assert 'the answers in this file cannot be read (KeyError)' in capsys.readouterr().err
     assert main([str(before), str(tmp_path / 'gone.jsonl')]) == 2
-    assert f'{tmp_path}/gone.jsonl: it holds no answers' in capsys.readouterr().err
+    assert f'{tmp_path}/gone.jsonl: the answers in this file cannot be read' in capsys.readouterr().err
     assert main([str(before), str(after), '--html', str(tmp_path)]) == 2
     assert f'--html: {tmp_path} cannot be written' in capsys.readouterr().err

@@ -185,8 +185,8 @@ def test_other_layers_than_those_of_the_checkpoint_are_refused(run_sft: Run, pro
     )
     run_sft('--adapter', str(run / 'checkpoint-3'), '--lora_modules_to_save', 'embed_tokens', expect=2)
     assert problems()[-1].startswith(
-        '--lora_modules_to_save embed_tokens: these words name model.embed_tokens of LlamaForCausalLM, and the adapter '
-        f'in {run / "checkpoint-3"} has lm_head. Remove --lora_modules_to_save'
+        '--lora_modules_to_save embed_tokens: the flag selects model.embed_tokens of LlamaForCausalLM, but the adapter '
+        f'in {run / "checkpoint-3"} stores full weights of lm_head. Remove --lora_modules_to_save'
     )
 
 

@@ -26,15 +26,15 @@ _NEW_TOKENS = 64
 
 
 class BeforeAfter:
-    """Chooses a few rows, and generates answers to these rows with the untrained and with the trained model.
+    """Chooses a few rows, and generates answers to these rows with the untrained model and with the trained model.
 
     The main process generates all answers in one batch, without sampling. Plain text has no question, so the model
     continues the beginning of the text.
 
-    The answers of the trained model are generated after training. For a new LoRA adapter, the answers of the untrained
-    model are generated at the same time, with the adapter switched off. With --sft_type full or --adapter, these
-    answers are generated before training starts. With --adapter, the untrained model is the base model with this
-    adapter.
+    The trained model answers after training. The flags decide when the untrained model answers:
+    - With --sft_type full, it answers before training.
+    - With --adapter, it answers before training. The untrained model is then the base model with the loaded adapter.
+    - With a new LoRA adapter, it answers after training, with the adapter switched off.
     """
 
     def __init__(self, args: SftArguments, encoder: Encoder, rows: Plan | Streams, base: Any = None) -> None:
@@ -74,15 +74,15 @@ class BeforeAfter:
         return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def ask_before(self, model: Any, args: SftArguments) -> None:
-        """With --sft_type full, generate the answers of the untrained model, because training changes its weights.
+        """Generate the answers of the untrained model if --sft_type is full. Does nothing if --sft_type is lora.
 
-        Does nothing with --sft_type lora. With --adapter, the caller calls `ask_now` instead.
+        With LoRA, either the caller calls `ask_now` later, or `write` generates these answers.
         """
         if args.sft_type == 'full':
             self.ask_now(model)
 
     def ask_now(self, model: Any) -> None:
-        """Generate answers with `model` as it is now, and keep them as the answers of the untrained model."""
+        """Generate answers with `model`, and keep them as the answers of the untrained model."""
         self.before = self.ask(model)
 
     def write(self, model: Any, run_dir: Path) -> None:

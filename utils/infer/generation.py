@@ -162,7 +162,7 @@ def generate_batch(
 def _rows_can_leave(model: Any) -> bool:
     """Return whether rows can be removed from a batch during generation.
 
-    This is so if keys and values are the only state that the model keeps for the rows of a batch.
+    They can be removed if the model keeps no state for the rows except keys and values.
     """
     settings = model.config.get_text_config().to_dict()
     # With dynamic NTK, Qwen also keeps a factor for each row of the first batch.
@@ -256,10 +256,10 @@ def read_pixels(images: Images | None, paths: Sequence[str], device: Any) -> dic
 
 
 class _TextStream:
-    """A streamer for generate(). It passes new text to `say` as soon as no later id can change this text.
+    """A streamer for generate(). It calls `say` with new text as soon as no later id can change this text.
 
-    All ids so far are decoded again for each new id. If only the new id were decoded, some tokenizers would remove the
-    space before its text, because they strip the first space of a text (Llama 2).
+    For each new id, all ids so far are decoded again. Decoding only the new id would lose the space before its text,
+    because some tokenizers (Llama 2) strip the first space of a text.
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int], say: Callable[[str], None]) -> None:
@@ -271,9 +271,9 @@ class _TextStream:
         self._has_prompt = False
 
     def put(self, value: Any) -> None:
-        """Receive new ids from generate(), and pass the text that can no longer change to `say`.
+        """Receive new ids from generate(). Call `say` with the new text that later ids cannot change.
 
-        The first call is ignored, because generate() passes the prompt in the first call.
+        The first call is ignored, because its ids are those of the prompt.
         """
         if self._has_prompt:
             self.ids += value.reshape(-1).tolist()
@@ -281,7 +281,7 @@ class _TextStream:
         self._has_prompt = True
 
     def end(self) -> None:
-        """Pass the rest of the text to `say`. generate() calls this method after the last id."""
+        """Call `say` with the rest of the text. generate() calls this method after the last id."""
         text = self.text()
         differing = (index for index, (one, other) in enumerate(zip(text, self.shown, strict=False)) if one != other)
         # Some decoders change earlier text if invalid bytes follow this text.
@@ -322,7 +322,7 @@ def generate_stream(
     images: Images | None = None,
     paths: Sequence[str] = (),
 ) -> str:
-    """Return the answer to one prompt, and pass its text to `say` piece by piece. Ctrl-C ends the answer early."""
+    """Return the answer to one prompt, and call `say` with each new piece of its text. Ctrl-C ends the answer early."""
     import torch
 
     check_embedded(model.config.get_text_config().vocab_size, prompt, 'this line')

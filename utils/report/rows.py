@@ -64,7 +64,7 @@ def losses_section(rows: Sequence[Row]) -> list[Markup]:
 
 
 def _most_changed(rows: Sequence[Row]) -> list[Row]:
-    """Return the few rows whose loss increased most (or decreased least), the largest increase first."""
+    """Return the few rows whose loss increased most, sorted by the increase. A decrease is a negative increase."""
     return sorted(rows, key=lambda row: row['loss_before'] - row['loss_after'])[:_NAMED]
 
 
@@ -73,14 +73,17 @@ def _loss(row: Row) -> str:
 
 
 def read_answers(file: Path) -> dict[str, Row]:
-    """Return {origin of the row: answer} for a file of llm_infer.py. Raises ConfigError for any other file."""
+    """Return {origin of a row: its answer and scores} for a file of llm_infer.py.
+
+    Raises ConfigError for any other file.
+    """
     try:
         rows = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
         return {row['origin']: {'answer': row['answer'], 'scores': row['scores']} for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f'{file}: it holds no answers of llm_infer.py, or answers without origins ({type(error).__name__}). '
-            'Give the file that llm_infer.py wrote to --result_path, or run llm_infer.py again.'
+            f'{file}: the answers in this file cannot be read ({type(error).__name__}). Give a file that '
+            'llm_infer.py wrote to --result_path, or run llm_infer.py again to write a new file.'
         ) from error
 
 

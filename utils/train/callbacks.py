@@ -89,8 +89,8 @@ class StepIntervals(TrainerCallback):
 class EpochOrder(TrainerCallback):
     """Passes the number of each epoch to the sampler of --group_by_length, which shuffles each epoch differently.
 
-    This is needed for a resumed epoch. In it, the sampler is inside other samplers, which skip and distribute batches
-    but do not pass the number on.
+    In a resumed epoch, this sampler is wrapped in samplers that skip and distribute batches. These samplers do not pass
+    the number on, so this callback does.
     """
 
     def __init__(self, trainer: SftTrainer) -> None:
@@ -170,16 +170,16 @@ class StopCallback(TrainerCallback):
         """Raise ConfigError if the resumed run has no step left, because the training loop would still do one step."""
         if state.global_step >= state.max_steps:
             raise ConfigError(
-                f'--resume_from_checkpoint: the checkpoint is of step {state.global_step} and this run ends at step '
-                f'{state.max_steps}: no step is left to train. Raise --max_steps or --num_train_epochs.'
+                f'--resume_from_checkpoint: no step is left to train. The checkpoint is of step {state.global_step}, '
+                f'and this run ends at step {state.max_steps}. Raise --max_steps or --num_train_epochs.'
             )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """If any process has received a signal to stop, request a checkpoint and the end of training.
+        """If any process has received a stop signal, request a checkpoint and the end of training.
 
-        An evaluation that is due at this step is left to the resumed run, which starts with it.
+        If an evaluation is due at this step, the resumed run does it before its first step.
         """
         trainer = self.trainer
         if trainer.stop_agreed and state.global_step < state.max_steps:
@@ -192,10 +192,10 @@ class StopCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise EvaluationCutError if any process has received a signal to stop.
+        """Raise EvaluationCutError if any process has received a stop signal.
 
-        Two evaluations are never stopped: the one after the last step, and, in a resumed run, the one that repeats a
-        stopped evaluation of the earlier run.
+        Two evaluations are never stopped. One is the evaluation after the last step. The other is at the start of a
+        resumed run, and repeats an evaluation that was stopped.
         """
         trainer = self.trainer
         if trainer.evaluation_pending or state.global_step >= state.max_steps:
@@ -224,14 +224,15 @@ class EarlyStop(TrainerCallback):
         return {'best': self.best, 'best_step': self.best_step, 'count': self.count}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore the state from a checkpoint. Raises ConfigError if --early_stop had already ended the run."""
+        """Restore the state from a checkpoint. Raises ConfigError if --early_stop allows no further step."""
         self.best = state['best']
         self.best_step = state['best_step']
         self.count = state['count']
         if self.count >= self.patience:
             raise ConfigError(
-                f'--early_stop {self.patience}: the resumed run had ended, because its last {self.count} evaluations '
-                f'were not better than that of step {self.best_step}. Raise or remove --early_stop to continue.'
+                f'--early_stop {self.patience}: no step is left to train. The last {self.count} evaluations up to the '
+                f'checkpoint were not better than the evaluation at step {self.best_step}. Raise or remove '
+                '--early_stop to continue training.'
             )
 
     def on_evaluate(
@@ -266,7 +267,11 @@ class EarlyStop(TrainerCallback):
 
 
 class EndedEarlyError(Exception):
-    """Ends a resumed run before its first step, because --early_stop ends training after the repeated evaluation."""
+    """Ends a resumed run before its first step.
+
+    Some resumed runs begin with an evaluation that a stop signal had cut short. --early_stop can end training after
+    this evaluation.
+    """
 
 
 def peak_memory_gib() -> float:

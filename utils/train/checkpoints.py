@@ -142,7 +142,7 @@ class Checkpoints:
             rotate(run_dir, limit=self.limit, best=trainer.state.best_model_checkpoint)
 
     def keep_only_best(self) -> None:
-        """With --save_total_limit 1, delete the last checkpoint after training if an earlier checkpoint is the best."""
+        """Delete the last checkpoint after training, if an earlier one is the best and --save_total_limit is 1."""
         trainer = self.trainer
         if trainer.args.should_save and self.limit == 1 and not trainer.stopped:
             best = trainer.state.best_model_checkpoint
@@ -213,8 +213,8 @@ class Checkpoints:
             self._unloaded = unloaded_tensors(self.trainer.model, base, family)
             if self._unloaded:
                 logger.info(
-                    f'{len(self._unloaded)} tensors of the base that {type(self.trainer.model).__name__} does not load '
-                    f'are kept in {UNLOADED_FILE}, first {min(self._unloaded)}'
+                    f'{type(self.trainer.model).__name__} does not load {len(self._unloaded)} tensors of the base, for '
+                    f'example {min(self._unloaded)}. They are kept in {UNLOADED_FILE}'
                 )
         write_unloaded(self._unloaded, folder)
 
@@ -305,7 +305,7 @@ class Checkpoints:
             trainer.accelerator.scaler.load_state_dict(tree['scaler'])
 
     def load_process(self, checkpoint: Path) -> None:
-        """Restore the state of this process: random generators, guard, logging, and an evaluation that is not finished.
+        """Restore the state of this process: random generators, guard, logging, and whether an evaluation is repeated.
 
         Logs a warning if the number of processes or the device has changed.
         """

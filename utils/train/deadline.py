@@ -39,7 +39,10 @@ def now() -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """The seconds of a step, an evaluation and a checkpoint, and the numbers of steps between evaluations and saves."""
+    """The seconds that a step, an evaluation and a checkpoint take, and the intervals of evaluations and checkpoints.
+
+    An interval is a number of steps.
+    """
 
     step: float
     evaluation: float
@@ -49,12 +52,15 @@ class Costs:
 
     def seconds(self, done: int, end: int) -> float:
         """Return the seconds that the run still needs after step `done`, if it ends after step `end`."""
-        evaluations = _times(done, end, self.eval_steps)
-        checkpoints = _times(done, end, self.save_steps)
+        evaluations = _count_left(done, end, self.eval_steps)
+        checkpoints = _count_left(done, end, self.save_steps)
         return (end - done) * self.step + evaluations * self.evaluation + checkpoints * self.checkpoint
 
     def fitting(self, done: int, most: int, seconds: float) -> int:
-        """Return the latest step, from `done` to `most`, at which the run can end if it has `seconds` left."""
+        """Return the last step that the run can complete in `seconds`, together with its evaluations and checkpoints.
+
+        `done` steps are already complete. The result is at most `most`.
+        """
         low = done
         high = most
         while low < high:
@@ -66,15 +72,18 @@ class Costs:
         return low
 
     def told(self, done: int, end: int) -> str:
-        """Return the times as text, e.g. for the log line that says why the run gets this number of steps."""
+        """Return a text with the times, and the numbers of evaluations and checkpoints after step `done`."""
         text = f'a step takes {self.step:.3g} s'
         if self.evaluation:
-            text += f', an evaluation {self.evaluation:.3g} s ({_times(done, end, self.eval_steps)} of them)'
-        return text + f', a checkpoint {self.checkpoint:.3g} s ({_times(done, end, self.save_steps)} of them)'
+            text += f', an evaluation {self.evaluation:.3g} s ({_count_left(done, end, self.eval_steps)} of them)'
+        return text + f', a checkpoint {self.checkpoint:.3g} s ({_count_left(done, end, self.save_steps)} of them)'
 
 
-def _times(done: int, end: int, every: int) -> int:
-    """Return how many evaluations or checkpoints follow step `done`: every `every` steps, and one after step `end`."""
+def _count_left(done: int, end: int, every: int) -> int:
+    """Return how many evaluations or checkpoints come after step `done`.
+
+    There is one at each multiple of `every`, and one at the last step, which is `end`.
+    """
     return -(-end // every) - done // every
 
 
@@ -101,10 +110,10 @@ class Deadline(TrainerCallback):
         self._mark: float | None = None
 
     def set(self, minutes: float, *, started: float, repeated: list[dict[str, Any]] | None) -> None:
-        """Limit the run to `minutes`, counted from `started`, the start of the program (time.time).
+        """Limit the run to `minutes`. They are counted from `started`, the time.time() at the start of the program.
 
-        `repeated` is the timetable in lock.json of the repeated run, or None. With a timetable, this run takes the same
-        steps as the repeated run, however long they take.
+        If this run repeats an earlier run, `repeated` is the timetable in lock.json of the earlier run. Both runs then
+        take the same steps, however long these take.
         """
         self.minutes = minutes
         self._started = started
@@ -117,10 +126,13 @@ class Deadline(TrainerCallback):
         assert self.minutes is not None, 'it is set'
         return self._started + share * self.minutes * 60 - now()
 
-    def restore(self, state: list[dict[str, Any]] | None) -> None:
-        """Use the timetable of the resumed checkpoint, if --max_minutes is set and no other run is repeated."""
-        if state and self.minutes is not None and not self._is_repeated:
-            self.trainer.timetable.restore(state)
+    def restore(self, stored: list[dict[str, Any]] | None) -> None:
+        """Use `stored`, the timetable in the resumed checkpoint. Does nothing without --max_minutes.
+
+        A run that repeats an earlier run keeps the timetable of that run.
+        """
+        if stored and self.minutes is not None and not self._is_repeated:
+            self.trainer.timetable.restore(stored)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,9 +189,9 @@ class Deadline(TrainerCallback):
             write_json(Path(run.folder) / LOCK_JSON, run.lock)
 
     def proposal(self) -> int:
-        """Return the last step of the run that process 0 proposes now, or 0 to keep the planned last step.
+        """Return a new, earlier last step for the run, or 0 to keep the planned last step.
 
-        All other processes return 0, so the sum over all processes is the proposal of process 0.
+        Only process 0 decides. All other processes return 0, so the sum over all processes is its decision.
         """
         trainer = self.trainer
         if self.minutes is None or self._is_repeated or trainer.in_preflight or not dist.is_main():
@@ -193,7 +205,10 @@ class Deadline(TrainerCallback):
         return max(costs.fitting(done, state.max_steps, self.left(PLANNED_SHARE) + costs.step), done + 1)
 
     def _costs(self) -> Costs:
-        """Return the latest measured times. A time without measurement is that of the trial, or 0 without a trial."""
+        """Return the latest measured times.
+
+        A time that was not measured yet is taken from the trial. Without a trial, it is 0.
+        """
         state = self.trainer.state
         trial = self._trial
         step = trial.step if trial is not None else 0.0
@@ -249,11 +264,14 @@ class Deadline(TrainerCallback):
         return f'{costs.told(state.global_step, end)}; the rest of the schedule is compressed'
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Store the time since the last step as the time of the evaluation. Does nothing before the first step."""
+        """Store how many seconds the evaluation took, counted from the end of the last step.
+
+        Nothing is stored for an evaluation before the first step.
+        """
         self._evaluation = self._lap(self._evaluation)
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
-        """Store the time since the last step or evaluation as the time of the checkpoint."""
+        """Store how many seconds the checkpoint took, counted from the end of the last step or evaluation."""
         self._checkpoint = self._lap(self._checkpoint)
 
     def _lap(self, before: float | None) -> float | None:

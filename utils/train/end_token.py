@@ -36,10 +36,10 @@ def warn_of_untrained_ends(
     if untrained:
         names = ', '.join(repr(tokenizer.convert_ids_to_tokens(token)) for token in untrained)
         logger.warning(
-            f'--template_type: the base model never learnt {names}, with which replies end, and LoRA does not train '
-            'the rows of these tokens in the output head. So the answers of the trained model may have no end. Use '
-            '--sft_type full, the chat model of this base, or a --template_type whose replies end with '
-            f'{tokenizer.eos_token!r}, e.g. default.'
+            f'--template_type: replies end with {names}. The base model never learnt these tokens, and LoRA does not '
+            'train their rows in the output head. So the trained model may not end its answers. Use --sft_type full, '
+            f'the chat model of this base, or a --template_type whose replies end with {tokenizer.eos_token!r}, e.g. '
+            'default.'
         )
 
 

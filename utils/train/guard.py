@@ -59,8 +59,8 @@ class _Taken:
 class Guard(TrainerCallback):
     """Checks the loss and the gradient norm of each step before they change the weights.
 
-    On a CPU, a step is judged before the optimizer runs. On a GPU, reading loss and norm at this point would leave the
-    GPU without work. So the optimizer itself skips a step whose loss or norm is not finite. The step is judged after
+    On a CPU, a step is checked before the optimizer runs. On a GPU, reading loss and norm at this point would leave the
+    GPU without work. So the optimizer itself skips a step whose loss or norm is not finite. The step is checked after
     the next step was computed, but before anything is logged, saved or evaluated.
     """
 
@@ -90,9 +90,9 @@ class Guard(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Judge the last step, if it is not judged yet.
+        """Check the last step, if it is not checked yet.
 
-        Raises ConfigError if all weights are bitwise identical to those at the start.
+        Raises ConfigError if all weights are bitwise identical to the weights before training.
         """
         self.settle()
         if self._fingerprint_at_start is None or self.trainer.stopped:
@@ -116,19 +116,21 @@ class Guard(TrainerCallback):
         """Return the guard's state for a checkpoint: the latest losses, the spikes and the number of skipped steps."""
         return {'window': list(self._window), 'spikes': self.spikes, 'skipped': self.skipped}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore the guard from a checkpoint. `state` is the dict that the method `state` returned."""
-        self._window.extend(state['window'])
-        self.spikes = state['spikes']
-        self.skipped = state['skipped']
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Restore the guard from `stored`, a dict that `state()` returned for a checkpoint."""
+        self._window.extend(stored['window'])
+        self.spikes = stored['spikes']
+        self.skipped = stored['skipped']
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the loss and the gradients of the step, and log a warning if the loss is a spike.
 
-        Raises ConfigError if they are not finite, or if every gradient is zero. If `judges_late` is True, the previous
-        step is checked instead, and the optimizer skips the present step if its loss or norm is not finite.
+        Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
+
+        If `judges_late` returns True, the previous step is checked instead. The optimizer is then told to skip the
+        present step if its loss or norm is not finite.
         """
         step = state.global_step + 1
         if not judges_late(self.trainer):
@@ -159,7 +161,10 @@ class Guard(TrainerCallback):
         self._conclude(before, losses, norm, dist.sums(_to_sum(losses, norm)))
 
     def _conclude(self, taken: _Taken, losses: list[float], norm: float, sums: Sequence[float]) -> None:
-        """Judge a step, and report a loss spike. `losses` and `norm` are of this process, `sums` of all processes."""
+        """Check a step, and report a loss spike.
+
+        `losses` and `norm` are the values of this process. `sums` are the sums of `_to_sum` over all processes.
+        """
         loss = self._verdict(f'step {taken.step}', losses, norm, sums, taken.batches)
         self._judge_spike(taken.step, loss, losses, taken.batches)
 
@@ -169,8 +174,8 @@ class Guard(TrainerCallback):
         Returns the loss of the step over all processes, and the losses of this process's micro-batches. Raises
         ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
 
-        Also sets two values that are the same in all processes: `stop_agreed` of the trainer (whether any process has
-        received a signal to stop), and `agreed` of the deadline (the new last step of the run, or 0 for no change).
+        Also sets two attributes to the same value in all processes. `trainer.stop_agreed` says whether any process has
+        received a stop signal. `trainer.deadline.agreed` is the new last step of the run, or 0 for no change.
         """
         losses = torch.stack(self.losses).tolist()
         norm = self._norm_value()
@@ -180,7 +185,7 @@ class Guard(TrainerCallback):
     def _exchange(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over all processes.
 
-        The signals to stop and the proposed last step are summed in the same collective operation (see `judge`).
+        The stop signals and the new last step are exchanged in the same collective operation (see `judge`).
         """
         trainer = self.trainer
         *found, signals, end = dist.sums([*values, trainer.signals.signum, trainer.deadline.proposal()])
@@ -247,7 +252,7 @@ class Guard(TrainerCallback):
         if norm == 0 and loss > _MEMORISED_LOSS:
             count = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
             self._end(
-                f'{where}: the loss is {loss:.4g} and every gradient is exactly zero: none of the {count:,} trainable '
+                f'{where}: the loss is {loss:.4g}, but every gradient is exactly zero. None of the {count:,} trainable '
                 'parameters affects the loss, so nothing would be learnt. Frozen or detached layers, or underflow with '
                 '--dtype fp16, cause this. Use --dtype fp32 or --gradient_checkpointing false.'
             )
@@ -274,7 +279,7 @@ class Guard(TrainerCallback):
     def judge_evaluation(self, where: str, sums: Any, rows: Iterable[int]) -> None:
         """Raise ConfigError if the loss of a validation row is not finite. `where` is the step in the message.
 
-        `sums` has one line of 3 numbers for each row, and the first number is the loss. `rows` are the row indices.
+        `sums` has 3 numbers for each row. The first number is the loss. `rows` are the indices of the rows.
         """
         bad = [index for index, (loss, *_) in zip(rows, sums, strict=False) if not math.isfinite(loss)]
         if bad:
@@ -314,9 +319,10 @@ class Guard(TrainerCallback):
 
 
 def judges_late(trainer: Any) -> bool:
-    """Return whether a step is judged after the next one was computed.
+    """Return whether the guard checks each step only after the next step was computed.
 
-    True on a CUDA device if the optimizer can skip a step by itself, as the fused AdamW of torch does.
+    It does so only on a CUDA device with the fused AdamW of torch. This optimizer itself can skip a step whose loss or
+    norm is not finite.
     """
     if device.kind() != 'cuda' or trainer.accelerator.scaler is not None:
         return False

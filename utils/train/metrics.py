@@ -22,8 +22,8 @@ Metrics = Callable[['EvalPrediction'], dict[str, float]]
 class ValidationSets:
     """The rows of an evaluation, and the names of the sets of --val_dataset.
 
-    `names` is {number of a set: its name}. `rows.parts()` has the number of the set of each row. If `names` is empty,
-    there are only metrics over all rows together.
+    `names` is {number of a set: its name}. `rows.parts()` says to which set each row belongs, as a number. If `names`
+    is empty, there are only metrics over all rows together.
     """
 
     rows: EncodedRows
@@ -45,10 +45,13 @@ class ValidationSets:
 
 
 def loss_metrics(sets: ValidationSets) -> Metrics:
-    """Return a function for the trainer that computes `loss` and `acc` (token accuracy) from the sums of each row.
+    """Return a function for the trainer that computes `loss` and `acc` (token accuracy).
 
     Both are means over the trained tokens of all rows. If the sets have names, the means of each set are added, as
-    `<name>_loss` and `<name>_acc`. The first column of the labels has the index of the row.
+    `<name>_loss` and `<name>_acc`.
+
+    Its predictions (N, 3) are the summed loss, the hits and the trained tokens of each row. The first column of its
+    labels has the index of the row.
     """
     import numpy as np
 

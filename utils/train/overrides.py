@@ -13,7 +13,7 @@ MethodT = TypeVar('MethodT', bound=Callable[..., Any])
 
 
 def overrides(base: type) -> Callable[[MethodT], MethodT]:
-    """Return a decorator that checks, when a class is defined, that a method overrides a method of `base`.
+    """Return a decorator for methods that override a method of `base`.
 
     The decorator raises TypeError if `base` has no method of the same name, or if the names or the order of the
     parameters differ. A method can take the last parameters as **kwargs.

@@ -66,19 +66,20 @@ def find_targets(
 
     if refused := [name for name in modules if last_name(name) in taken]:
         raise ConfigError(
-            f'--lora_target_modules {", ".join(refused)}: for {type(model).__name__}, PEFT applies these names to '
-            f'the experts, not to linear layers. Use --lora_target_modules {",".join(sorted(experts))}.'
+            f'--lora_target_modules {", ".join(refused)}: PEFT cannot put LoRA on these linear layers of '
+            f'{type(model).__name__}, because it maps their names to the experts. Use --lora_target_modules '
+            f'{",".join(sorted(experts))} to train the experts.'
         )
     if taken and (several := [word for word in wanted if word in ALL or word.startswith(PATTERN)]):
         logger.info(
-            f'{several[0]} skips {", ".join(sorted(taken))}: PEFT applies these names to the experts, not to linear '
-            'layers'
+            f'--lora_target_modules {several[0]} leaves out the linear layers {", ".join(sorted(taken))}, because PEFT '
+            'maps these names to the experts'
         )
     return modules, list(parameters)
 
 
 def _no_match(model: PreTrainedModel, word: str, paths: Sequence[str], experts: list[str]) -> str:
-    """Return the error message for a word that matches no layer outside the frozen modules."""
+    """Return the error message for a word that matches no layer, or only frozen layers."""
     message = no_layer(word, type(model).__name__, paths, experts)
     if choose_layers([word], list(linear_layers(model)))[0]:
         message += ' It belongs to the vision tower: add --freeze_vision false.'
@@ -120,8 +121,9 @@ def prepare_model(
 
     With --sft_type lora, the model is returned as a PeftModel with fp32 adapters. With --sft_type full, `model` itself
     is returned. `token_ids` are the ids of new tokens (--new_tokens), whose rows of embedding and head are trained.
-    `base` and `family` are only used for --adapter: the folder of the base model, and the name of its Family
-    (utils/loading/legacy) or None.
+
+    `base` and `family` are only used for --adapter. `base` is the folder of the base model. `family` is the name of its
+    Family (utils/loading/legacy), or None.
     """
     towers = find_towers(model)
     if not args.freeze_vision and not towers:
@@ -258,17 +260,17 @@ def _say_how_experts_are_served(parameters: Sequence[str]) -> None:
         )
         return
     logger.warning(
-        f'--lora_target_modules: of the experts only {", ".join(parameters)} gets LoRA. vLLM loads an adapter of '
-        'experts only with gate_up_proj and down_proj. Name both, or serve the merged model: llm_infer.py '
-        '--merge_lora_and_save true'
+        '--lora_target_modules: vLLM cannot load the adapter of this run. In the experts, vLLM needs LoRA on both '
+        f'gate_up_proj and down_proj, but LoRA is on {", ".join(parameters)} only. Name both, or merge the adapter '
+        'with llm_infer.py --merge_lora_and_save true and serve the merged model.'
     )
 
 
 def _find_places(model: PreTrainedModel, args: SftArguments, frozen: Sequence[str], decide: Decide) -> _Places:
     """Return the modules and parameters that the adapter changes.
 
-    If the flags name the layers by other words, e.g. all-linear, `decide` is called with the names of the layers.
-    Raises ConfigError if there is no layer for LoRA, or if a flag is not possible for expert parameters.
+    If a flag gives a word such as all-linear instead of layer names, `decide` is called with the names of the layers.
+    Raises ConfigError if there is no layer for LoRA, or if another flag does not work with LoRA on expert parameters.
     """
     from utils.train.saved_modules import find_saved, with_tied
 
@@ -293,7 +295,10 @@ def _find_places(model: PreTrainedModel, args: SftArguments, frozen: Sequence[st
 
 
 def _check_experts(args: SftArguments, parameter: str) -> None:
-    """Raise ConfigError if a flag is not possible for expert parameters. `parameter` is the name of one of them."""
+    """Raise ConfigError if another flag does not work with LoRA on expert parameters.
+
+    `parameter` is the name of one of these parameters, for the message.
+    """
     if args.lora_dropout_p:
         raise ConfigError(
             f'--lora_dropout_p {args.lora_dropout_p} is not possible on expert parameters ({parameter}): LoRA '
@@ -384,17 +389,19 @@ def _check_layers(model: Any, args: SftArguments, expected: Sequence[str], param
         raise ConfigError(f'{given}: the adapter is on layers of the vision tower. Add --freeze_vision false.')
     names = sorted({*map(last_name, found), *experts})
     raise ConfigError(
-        f'--lora_target_modules {" ".join(args.lora_target_modules or [])}: the adapter in {args.adapter} is on '
-        f'{len(found)} layers ({", ".join(names)}), and these words name {len(expected)}. Remove '
-        '--lora_target_modules, or train a new adapter without --adapter.'
+        f'--lora_target_modules {" ".join(args.lora_target_modules or [])}: these are not the layers of the adapter in '
+        f'{args.adapter}. The adapter is on {len(found)} layers ({", ".join(names)}), and the flag selects '
+        f'{len(expected)}. Remove --lora_target_modules to use the layers of the adapter, or train a new adapter '
+        'without --adapter.'
     )
 
 
 def _start_dora(model: Any) -> None:
     """Set the magnitudes of new DoRA layers, so that an untrained adapter changes no output.
 
-    DoRA multiplies the output by the magnitude and divides it by the length of the rows of the weight. Both must be
-    equal at first, but PEFT rounds the magnitude to the dtype of the weight and computes the length in fp32.
+    In DoRA, each output is multiplied by a magnitude, and divided by the norm of its row of the weight. An untrained
+    adapter needs magnitudes that are equal to the norms. PEFT rounds the magnitudes to the dtype of the weight, but
+    computes the norms in fp32. So the magnitudes are set to the norms in fp32.
     """
     import torch
     from peft.tuners.lora import LoraLayer
@@ -405,6 +412,6 @@ def _start_dora(model: Any) -> None:
         if not isinstance(layer, LoraLayer):
             continue
         base = layer.get_base_layer()
-        lengths = torch.linalg.norm(dequantize_module_weight(base).float(), dim=0 if isinstance(base, Conv1D) else 1)
+        norms = torch.linalg.norm(dequantize_module_weight(base).float(), dim=0 if isinstance(base, Conv1D) else 1)
         for magnitude in layer.lora_magnitude_vector.values():
-            magnitude.weight.data = lengths
+            magnitude.weight.data = norms

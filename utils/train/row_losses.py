@@ -23,8 +23,8 @@ class RowLosses(TrainerCallback):
     """Writes the losses of some validation rows before and after training.
 
     With LoRA, the losses before training are computed at the end, with the adapter switched off. With --sft_type full,
-    they are computed before the first step, and a resumed run reads them from the folder of the run that it resumes.
-    The losses after training are those of the last evaluation, so they are not computed again.
+    they are computed before the first step. A resumed run reads them from the folder of the run that wrote the
+    checkpoint. The losses after training are those of the last evaluation, so they are not computed again.
     """
 
     def __init__(self, trainer: SftTrainer, count: int, resumed_from: str | None) -> None:
@@ -45,21 +45,29 @@ class RowLosses(TrainerCallback):
             earlier = read_rows(Path(self.resumed_from).absolute().parent)
             self.before = {row['origin']: row['loss_before'] for row in earlier if row['loss_before'] is not None}
             if not self.before:
-                logger.info(f'{ROWS_JSONL}: no losses before training, because the resumed run has stored none')
+                logger.info(
+                    f'{ROWS_JSONL}: the losses before training are missing, because the run that wrote the checkpoint '
+                    'did not store them'
+                )
         else:
             self._compute()
         if self.trainer.args.should_save:
             self._write({})
 
     def _compute(self) -> None:
-        """Compute the losses, unless a signal to stop arrives. Afterwards the random state is as before."""
+        """Compute the losses and store them in `before`. Nothing is stored if a stop signal arrives.
+
+        The random state is restored afterwards.
+        """
         assert self.rows is not None, 'checked'
         random = random_state()
         try:
             sums = self.trainer.sums_by_row(self.rows)
             self.before = {o: loss / tokens for o, (loss, _, tokens) in _by_origin(self.rows, sums).items() if tokens}
         except EvaluationCutError:
-            logger.info(f'{ROWS_JSONL}: no losses before training, because a signal stopped their computation')
+            logger.info(
+                f'{ROWS_JSONL}: the losses before training are missing, because a signal stopped their computation'
+            )
         finally:
             set_random_state(random)
 
@@ -76,7 +84,10 @@ class RowLosses(TrainerCallback):
             self._write(_by_origin(trainer.eval_dataset, trainer.last_sums))
 
     def _write(self, sums: dict[str, list[float]]) -> None:
-        """Write a line for each row that has a loss before or after training. `sums` is from after training."""
+        """Write a line for each row that has a loss before or after training.
+
+        `sums` are the results after training, as `_by_origin` returns them.
+        """
         lines = []
         for origin in dict.fromkeys([*sums, *self.before]):
             loss, _, tokens = sums.get(origin, (None, None, None))

@@ -54,9 +54,10 @@ def find_saved(
 ) -> list[str]:
     """Return the paths of the layers that `wanted` names, without duplicates.
 
-    `adapted` are the paths of the layers that get LoRA, and `frozen` the modules that are not trained. Raises
-    ConfigError if a word names no layer, or a module that contains several layers. Also raises ConfigError if the layer
-    gets LoRA or has quantised weights.
+    `adapted` are the paths of the layers that get LoRA. `frozen` are the paths of modules that are not trained.
+
+    Raises ConfigError if a word matches no layer, or if it matches a module that contains several layers. Also raises
+    ConfigError if a matched layer gets LoRA or has quantised weights.
     """
     layers = {path: module for path, module in model.named_modules() if path and any(True for _ in module.parameters())}
     ends = {EMBEDDING: model.get_input_embeddings(), HEAD: model.get_output_embeddings()}
@@ -78,7 +79,10 @@ def find_saved(
 def _problem(
     word: str, matched: Sequence[str], layers: dict[str, Any], adapted: Collection[str], frozen: Sequence[str]
 ) -> str | None:
-    """Return the end of the message that refuses `word`, or None if the layers `matched` can be trained whole."""
+    """Return the end of a message that says why the layers `matched` cannot be trained, or None if they can be trained.
+
+    The message begins with `word`.
+    """
     if not matched:
         names = {path.rpartition('.')[2] for path in layers if not path.rpartition('.')[2].isdigit()}
         tower = ' It belongs to the vision tower: add --freeze_vision false.' if named_by([word], layers) else ''
@@ -111,7 +115,7 @@ def with_tied(model: PreTrainedModel, paths: Sequence[str]) -> tuple[list[str], 
 
 
 def check_saved(model: Any, args: SftArguments, expected: Sequence[str]) -> None:
-    """Raise ConfigError if the adapter of --adapter does not train exactly the layers `expected` whole."""
+    """Raise ConfigError if the layers that --adapter stores with full weights are not the layers `expected`."""
     from peft.utils.other import ModulesToSaveWrapper
 
     base = model.get_base_model()
@@ -119,9 +123,10 @@ def check_saved(model: Any, args: SftArguments, expected: Sequence[str]) -> None
     if set(found) == set(expected):
         return
     raise ConfigError(
-        f'--lora_modules_to_save {" ".join(args.lora_modules_to_save or [])}: these words name {" ".join(expected)} '
-        f'of {type(base).__name__}, and the adapter in {args.adapter} has {" ".join(found) or "none"}. Remove '
-        '--lora_modules_to_save, or train a new adapter without --adapter.'
+        f'--lora_modules_to_save {" ".join(args.lora_modules_to_save or [])}: the flag selects {" ".join(expected)} of '
+        f'{type(base).__name__}, but the adapter in {args.adapter} stores full weights of '
+        f'{" ".join(found) or "no layer"}. Remove --lora_modules_to_save to use the layers of the adapter, or train a '
+        'new adapter without --adapter.'
     )
 
 
@@ -151,7 +156,7 @@ def token_tables(model: PreTrainedModel, ids: Sequence[int], copied: Collection[
 
 
 def check_tokens(model: Any, ids: Sequence[int]) -> None:
-    """Raise ConfigError if the rows of the new tokens are not trained in the input embedding and in the output head."""
+    """Raise ConfigError unless both the input embedding and the output head train the rows of the new tokens `ids`."""
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     base = model.get_base_model()

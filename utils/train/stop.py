@@ -57,7 +57,7 @@ class StopSignals:
 
 
 def ignore_signals() -> None:
-    """Ignore SIGINT and SIGTERM in a data worker, because the training process needs its data to complete the step.
+    """Ignore SIGINT and SIGTERM in a data worker, so that it still loads the data of the current step.
 
     The worker ends when the training process tells it to, or when the training process no longer exists.
     """

@@ -16,9 +16,11 @@ MakeSchedule = Callable[[int], LambdaLR]
 class Segment:
     """A part of a run in which the learning-rate schedule advances at a constant pace.
 
-    The schedule was made for `steps` steps. After `first` complete steps of the run, the schedule is at `position`, a
-    step number that can be fractional. After `last` complete steps of the run, the schedule is at its last step. `end`
-    is the number of the last step of the run.
+    The schedule was made for `steps` steps. The segment begins after `first` optimizer steps. At this point, the
+    schedule is at `position`, a step number that can be fractional. After `last` optimizer steps, the schedule is at
+    its last step.
+
+    The run ends after step `end`. A step that fp16 skips counts for `end`, but is not an optimizer step.
     """
 
     steps: int
@@ -28,7 +30,10 @@ class Segment:
     end: int
 
     def at(self, count: int) -> float:
-        """Return the position in the schedule after `count` steps: a number from 0 to `steps`, possibly fractional."""
+        """Return the position in the schedule after `count` optimizer steps.
+
+        It is a number from 0 to `steps`, and can be fractional.
+        """
         if self.last <= self.first:
             return float(self.steps - 1)
         pace = (self.steps - 1 - self.position) / (self.last - self.first)
@@ -80,9 +85,9 @@ class Timetable:
         """Return the segments as dictionaries, for a checkpoint and for lock.json."""
         return [asdict(segment) for segment in self.segments]
 
-    def restore(self, state: list[dict[str, Any]]) -> None:
-        """Replace the segments by those in `state`, which the method `state` returned."""
-        self.segments = [Segment(**segment) for segment in state]
+    def restore(self, stored: list[dict[str, Any]]) -> None:
+        """Replace the segments by `stored`, a list that `state()` returned earlier."""
+        self.segments = [Segment(**segment) for segment in stored]
         if self._schedule is not None:
             self._use()
 

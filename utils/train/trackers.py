@@ -151,10 +151,10 @@ class TrackerCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def private_environment(name: str, clean: Clean) -> Iterator[None]:
-    """A context that hides from a tracker the tokens in the command line, the user name and requests for uploads.
+    """A context in which a tracker reads no private values.
 
-    Trackers read the command line, the user name and environment variables, most of them when they open a run.
-    Variables that the user set for the tracker are not changed, except variables that ask for uploads.
+    The user name and the tokens in the command line are replaced. Environment variables that ask for uploads are
+    removed. Other environment variables that the user set for the tracker are not changed.
     """
     tracker = TRACKERS[name]
     changes: dict[str, str | None] = dict.fromkeys((*tracker.uploads, *tracker.project))

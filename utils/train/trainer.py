@@ -55,7 +55,7 @@ from utils.train.state import random_state, set_random_state
 from utils.train.stop import StopSignals, with_workers_ignoring_signals
 from utils.train.timetable import Timetable
 from utils.train.trackers import add_trackers
-from utils.train.trainer_args import make_schedule, training_arguments, unused_optimizer
+from utils.train.trainer_args import dummy_optimizer, make_schedule, training_arguments
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
@@ -136,7 +136,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train until the last step or a signal to stop, and return the output of the base class.
+        """Train until the last step or a stop signal, and return the output of the base class.
 
         With --save_total_limit 1, only the best checkpoint remains after the last step.
         """
@@ -147,10 +147,9 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        """Return the output of the base class.
+        """Return the output of the base class. `num_train_samples` is the planned number of rows.
 
-        `num_train_samples` is the number of rows in the steps that the flags ask for. If --max_minutes ended the run
-        earlier, the number is reduced in proportion to the steps.
+        If --max_minutes ended the run early, the base class gets a number that is reduced in proportion to the steps.
         """
         asked = max(self.deadline.asked, 1)
         return super()._finalize_training(trial, num_train_samples * self.state.max_steps / asked, start_time)
@@ -207,10 +206,11 @@ class SftTrainer(Seq2SeqTrainer):
             self.capacity = sum(heapq.nlargest(args.train_batch_size, self.order.lengths))
         return self.order
 
-    def typical_batches(self, number: int) -> list[list[dict[str, Any]]]:
-        """Return the batches of rows of one step of one process, for a trial. Each `number` gives different rows.
+    def typical_batches(self, offset: int) -> list[list[dict[str, Any]]]:
+        """Return lists of training rows for a trial: the batches that one process computes in one step.
 
-        The rows are at equal distances in the training set. For a stream, they are its first rows.
+        The rows are at equal distances in the training set, from row `offset` on. For a stream, they are its first
+        rows, and `offset` is not used.
         """
         size = self.args.per_device_train_batch_size
         batches = self.args.gradient_accumulation_steps
@@ -220,7 +220,7 @@ class SftTrainer(Seq2SeqTrainer):
             rows = [first[i % len(first)] for i in range(count)]
         else:
             known: Any = self.train_dataset
-            indices = [(i * len(known) // count + number) % len(known) for i in range(count)]
+            indices = [(i * len(known) // count + offset) % len(known) for i in range(count)]
             order = self.order
             if order is not None:
                 indices = list(StepSampler(indices, order.lengths, batch=size, batches=batches, pads=order.pads))
@@ -229,7 +229,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train one epoch. A resumed run trains no step if --early_stop ends it after the repeated evaluation."""
+        """Train one epoch. If --early_stop ends a resumed run before its first step, only write a checkpoint."""
         try:
             super()._run_epoch(*args, **kwargs)
         except EndedEarlyError:
@@ -353,7 +353,7 @@ class SftTrainer(Seq2SeqTrainer):
                 )
 
             scheduler = made_for(num_training_steps, optimizer or self.optimizer)
-            self.timetable.follow(scheduler, lambda steps: made_for(steps, unused_optimizer(self.args.learning_rate)))
+            self.timetable.follow(scheduler, lambda steps: made_for(steps, dummy_optimizer(self.args.learning_rate)))
             self.lr_scheduler = scheduler
             self._created_lr_scheduler = True
         return scheduler
@@ -489,7 +489,7 @@ class SftTrainer(Seq2SeqTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the random state, the guard and the logging state of this process from a checkpoint.
 
-        If a signal to stop ended an evaluation early, repeat this evaluation.
+        An evaluation that a stop signal had cut short is repeated.
         """
         if checkpoint is None:
             return
@@ -499,7 +499,7 @@ class SftTrainer(Seq2SeqTrainer):
             self._finish_cut_evaluation(checkpoint)
 
     def _finish_cut_evaluation(self, checkpoint: str) -> None:
-        """Repeat the evaluation that a signal to stop ended early.
+        """Repeat an evaluation that a stop signal had cut short.
 
         If `checkpoint` is better than all earlier checkpoints, it becomes the best checkpoint. Raises EndedEarlyError
         if --early_stop ends the run now.
@@ -517,11 +517,12 @@ class SftTrainer(Seq2SeqTrainer):
 def clear_only_trained(model: torch.nn.Module) -> None:
     """Replace zero_grad of the model by a function that visits only the trained parameters. This saves time.
 
-    The function sets the gradients to None. Under DDP it sets them to zero, because the gradients are views of the
-    buffers that DDP exchanges, and new gradients would need more memory. With find_unused_parameters of DDP, it sets
-    them to None, because an unused parameter must have no gradient.
+    Under DDP without find_unused_parameters, the function sets the gradients to zero. In all other cases, it sets them
+    to None.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Under DDP, the gradients are views of the buffers that DDP exchanges, and new gradients would need more memory.
+    # With find_unused_parameters, an unused parameter must have no gradient.
     keeps = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
 
     def zero_grad(set_to_none: bool = True) -> None:
@@ -538,7 +539,7 @@ def clear_only_trained(model: torch.nn.Module) -> None:
 def _leaving_on_cpu(loader: Any) -> Any:
     """Make the loader of accelerate return its batches on the CPU, and return the loader.
 
-    There, batches can be counted and joined without waiting for the device. `_prepare_inputs` sends them to the device.
+    On the CPU, batches can be counted and joined without waiting for the device. `_prepare_inputs` sends them to it.
     """
     assert isinstance(loader, DataLoaderShard), 'only this class divides the batches before they are made'
     loader.device = None
@@ -546,9 +547,10 @@ def _leaving_on_cpu(loader: Any) -> Any:
 
 
 def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return the ids of the last reply of each row: the labels after the prompt, which includes all earlier replies.
+    """Return the ids of the last reply of each row. All earlier replies belong to the prompt.
 
-    If the last reply carries no loss, it has no labels, and all ids after the prompt are returned instead.
+    If the last reply carries loss, these are the labels after the prompt. Otherwise they are all input ids after the
+    prompt.
     """
     replies = []
     ids_of_rows = split_rows(inputs, 'input_ids')
@@ -588,7 +590,7 @@ def build_trainer(
 ) -> SftTrainer:
     """Return the trainer of a run.
 
-    Its main process passes the log lines to the trackers of --report_to, and writes training_args.json. `scores` are
+    The main process passes the log lines to the trackers of --report_to, and writes training_args.json. `scores` are
     for --predict_with_generate. `held_out` is {origin: validation row}, for score functions of the user. The origin is
     the file and the line of a row.
     """

@@ -93,8 +93,11 @@ def _schedule_settings(args: SftArguments) -> dict[str, float]:
     return settings
 
 
-def unused_optimizer(learning_rate: float) -> Any:
-    """Return an optimizer that is never used, because making a schedule changes the optimizer that it gets."""
+def dummy_optimizer(learning_rate: float) -> Any:
+    """Return an optimizer for a schedule whose learning rates are only read.
+
+    Making a schedule changes its optimizer, so the optimizer of the run cannot be used for it.
+    """
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
 
 
@@ -111,9 +114,10 @@ def make_schedule(
     """Return the learning-rate schedule of transformers, with a different warm-up and with a lowest rate.
 
     `warmup` is a share of the steps if it is below 1, else a number of steps. With w warm-up steps, step k (counted
-    from 0) has (k + 1) / (w + 1) of the learning rate. In transformers the first warm-up step has rate 0. That step
-    would change no weight, and a run of one step would train nothing. With `min_lr_ratio`, the schedule ends at this
-    share of the learning rate. `decay_ratio` is the share of the steps in the decay of warmup_stable_decay.
+    from 0) has (k + 1) / (w + 1) of the learning rate. In transformers, step 0 has rate 0 and changes no weight.
+
+    With `min_lr_ratio`, the schedule ends at this share of the learning rate. `decay_ratio` is for the schedule
+    warmup_stable_decay. It is the share of all steps in which the rate decays.
     """
     first = 0 if name == 'constant' else count_warmup_steps(warmup, steps)
     settings: dict[str, float] = {}
@@ -121,10 +125,10 @@ def make_schedule(
         settings['num_decay_steps'] = count_decay_steps(decay_ratio, steps, warmup=first)
     elif name == 'polynomial' and min_lr_ratio is not None:
         settings['lr_end'] = 0.0  # instead of 1e-7, so that the rate ends exactly at the lowest rate
-    # Only the function of transformers' schedule is used, so this schedule gets an optimizer that is not used.
+    # Only lr_lambdas of this schedule is used.
     original = get_scheduler(
         name,
-        unused_optimizer(learning_rate),
+        dummy_optimizer(learning_rate),
         num_warmup_steps=first,
         num_training_steps=steps,
         scheduler_specific_kwargs=settings,
