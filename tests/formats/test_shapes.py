@@ -184,8 +184,8 @@ def test_words_of_columns_are_checked() -> None:
         'this does not give a column a name',
         'this does not give a column a name',
         "no format reads a column qeury: did you mean 'query'? Choose among " + ', '.join(KNOWN_COLUMNS) + '.',
-        'b is named query already, and a row has only one',
-        'the column b is named twice',
+        'the column b is renamed to query too',
+        'the column b is given twice',
     ]
 
 
@@ -233,8 +233,9 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         plan_rows([file], reading=Reading(columns={'question': 'query', 'answer': 'response'}))
     assert str(raised.value) == (
-        f"{file}:1: --columns gives the columns question and query the same name 'query'. To drop the file's own "
-        'column query, add query= to --columns. To keep it, remove the entry that ends in =query.'
+        f"{file}:1: --columns gives the columns question and query the same name 'query'. To drop the column that has "
+        "this name in the file, add 'query=' to --columns. To keep that column, remove the word that ends in '=query' "
+        'from --columns.'
     )
 
 

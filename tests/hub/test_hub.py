@@ -169,7 +169,7 @@ def test_without_network_the_cache_serves_or_one_error_says_what_to_do(
     with pytest.raises(ConfigError) as caught:
         fetched(hub_name, 'owner/other', kind='dataset')
     said = str(caught.value)
-    assert 'dataset owner/other is not in the cache (looked in ' in said and os.environ['HOME'] in said
+    assert 'dataset owner/other is not in the cache. ' in said and os.environ['HOME'] in said
     assert 'Run once with network' in said
 
 
@@ -267,7 +267,7 @@ def test_a_hub_that_cannot_be_reached_is_one_error(
     words = small_flags(model_dir, data_file, tmp_path / 'out')
     assert llm_sft.main([*words, '--dataset', 'jd-zh']) == 2
     assert len(problems()) == 1 and 'modelscope cannot be reached' in problems()[0]
-    assert 'dataset DAMO_NLP/jd is not in the cache (looked in ' in problems()[0]
+    assert 'dataset DAMO_NLP/jd is not in the cache. Run once with network' in problems()[0]
     assert not (tmp_path / 'out').exists()
 
 

@@ -608,7 +608,8 @@ FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     'one name for two tensors': (one_name_for_two, "holds 'transformer.wte.weight' twice, the second time as"),
     'a special token that is a number': (special_tokens(bos_token=3), 'has the special token 3, which has no text.'),
     'a token to add that is null': (
-        special_tokens(bos_token=None, add_bos_token=True), 'asks to add bos_token, which it sets to null.',
+        special_tokens(bos_token=None, add_bos_token=True),
+        'bos_token is to be added to each text, but its value is null.',
     ),
     'an image token of another model': (image_token_of_another_model, "the model's is 7: they do not belong together."),
     'more processes than GPUs': (more_processes_than_gpus, '4 processes for 2 GPUs, and each process needs its own'),

@@ -227,8 +227,8 @@ class DataCheck:
         """Set up a check that has examined no rows. It writes its findings to the open file `stream`.
 
         `seen` stores the rows that were examined. `positions` is the maximum number of tokens per row in the model's
-        config.json, or None if the config has no such number. The rows that can be trained on are added to `copy`,
-        except rows of validation splits and repeated rows.
+        config.json, or None if the config has no such number. `copy` is the file of --write_clean. It gets the
+        rows that can be trained on, except rows of validation splits and repeated rows.
         """
         self.encoder = encoder
         self.copy = copy
@@ -254,10 +254,11 @@ class DataCheck:
 
         Rows with the use TRAIN or VAL are also encoded. A BadRow, which cannot be trained on, is only counted.
 
-        `is_val` says whether the rows are from a validation split of the data. Such rows are not added to the copy.
+        `is_val` says whether the rows are from a validation split of the data. Such rows are not written to the file of
+        --write_clean.
         """
         encoded: list[Row] = []
-        # The reason why a row is not added to the copy, by the id() of the row.
+        # {id(row): the reason why the row is not written to the file of --write_clean}
         not_copied: dict[int, str] = {}
         columns: dict[str, str] = {}
         for use, (place, raw, row) in batch:
@@ -293,7 +294,7 @@ class DataCheck:
         self._copy(self._measure(encoded, columns), not_copied)
 
     def _copy(self, rows: Sequence[Row], not_copied: Mapping[int, str]) -> None:
-        """Add rows to the copy of --write_clean. The rows in `not_copied`, {id(row): reason}, are only counted."""
+        """Write rows to the file of --write_clean. `not_copied` is {id(row): reason}: these rows are only counted."""
         if self.copy is None:
             return
         for row in rows:
@@ -318,8 +319,10 @@ class DataCheck:
     def _check_repetition(self, facts: SeenRow, row: Row, column: str) -> str | None:
         """Report `row` if the same row or the same prompt occurred earlier.
 
-        `facts` describes `row`, and `column` is the column of its reply. Returns the reason to leave `row` out of the
-        file of --write_clean if an equal earlier row is allowed there, else None.
+        `facts` describes `row`, and `column` is the column of its reply.
+
+        If an equal earlier row is allowed in the file of --write_clean, returns the reason to leave `row` out of this
+        file. Otherwise returns None.
         """
         earlier = self.seen.find_earlier(_content(row.messages, row), facts)
         if earlier is None and row.is_text:

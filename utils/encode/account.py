@@ -81,9 +81,10 @@ _MOST_ALONE = 16
 
 
 class _Leaf(NamedTuple):
-    """One text (string) of a row. Its characters are counted under the name `label`.
+    """One text (string) of a row.
 
-    `name` is the name of the text in the report of unused texts. `turn` is the index of the turn that contains the
+    `label` is the kind of text under which its characters are counted, e.g. 'user text'. `name` is the column or key
+    that is reported if the text is not used, e.g. 'column `source`'. `turn` is the index of the turn that contains the
     text. It is -1 if no turn contains the text.
     """
 
@@ -106,7 +107,7 @@ class Again(Protocol):
         """Return the text of the template itself, without the data of a row."""
 
     def encode(self, row: Row, written: Mapping[str, Any]) -> Encoded | None:
-        """Encode the row with `written` as its data. Returns None if this row cannot be trained on."""
+        """Encode the row with its columns replaced by `written`. Returns None if this row cannot be trained on."""
 
 
 def _parsed(value: Any) -> Any:
@@ -151,7 +152,7 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 def _other_words(value: Any) -> Iterator[str]:
     """Yield the keys of a nested value, its numbers as strings, and the values of `type` and `required`.
 
-    A template can print these words. So the search for a text of the row can find one of them by mistake.
+    A template can print these words. If a text of the row equals such a word, a search for the text can find the word.
     """
     value = _parsed(value)
     if isinstance(value, Mapping):
@@ -532,8 +533,8 @@ def _marker(number: int) -> str:
 def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
     """Store the first of these spans in places[number]. Without spans, the text of places[number] counts as not used.
 
-    Equal names or ids share the list `spans`. Each of them takes the first span and removes it, so that the next one
-    takes the next span. The last span is not removed.
+    Equal names or ids share one list `spans`. Each call with such a list removes the span that it stores, so that the
+    next call stores the next span. The last span of a list is never removed.
     """
     leaf = places[number].leaf
     if not spans:
@@ -555,10 +556,11 @@ def _forms(text: str) -> list[str]:
 def _marked(
     places: Sequence[_Place], marks: Mapping[int, str], text: _Text, render: _Rendering
 ) -> dict[str, list[_Span]] | None:
-    """Return {marker: spans in `text`}. Each span is the position of a text that the marker replaces.
+    """Find where the template prints the texts at some places. Returns {marker: spans in `text`}.
 
-    `marks` is {index in `places`: marker}. The row is rendered with the markers and compared with `text`. Returns None
-    if the row cannot be rendered, or if the two renderings differ in more than the markers.
+    `marks` is {index in `places`: marker}. The row is rendered once more, with each marker instead of the text at its
+    place. A comparison with `text`, the first rendering, shows which spans the markers replace. Returns None if the row
+    cannot be rendered, or if the two renderings differ in more than the markers.
     """
     pieces = render([(places[number].leaf.path, mark) for number, mark in marks.items()])
     if pieces is None or any(mark in text.text for mark in marks.values()):
@@ -732,9 +734,10 @@ class Account:
             self._count_unused(name, rows)
 
     def lines(self) -> list[str]:
-        """Return at most two lines: the percentages of the buckets for each label, and the names of the unused fields.
+        """Return at most two lines of text.
 
-        A line without content is not returned.
+        The first line says for each label which percentage of its characters is in each bucket. The second line names
+        the unused fields. A line that would be empty is left out.
         """
         shares = []
         for label, counts in self.fields.items():

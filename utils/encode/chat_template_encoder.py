@@ -79,8 +79,8 @@ _DECIDES_THINKING = frozenset(name for name, _ in _SWITCHES if name != 'reasonin
 
 # The maximum number of characters of an added token that a template prints.
 _LONGEST_TAG = 64
-# The maximum number of ends of prompts that are cached with their ids (see _learn_tails). Most templates have few
-# different ends. But if the prompt of a template ends in the question, every question is a different end.
+# The maximum number of tails of prompts that are cached with their ids (see _learn_tails). Most templates have few
+# different tails. But if the prompt of a template ends in the question, every question is a different tail.
 _TAILS_KEPT = 4096
 _NOTHING: Mapping[str, Any] = {}
 
@@ -749,11 +749,12 @@ class AutoEncoder(Encoder):
         return end, '', self.tokenizer.eos_token_id if following is None else self.text.control_ids[following]
 
     def _end_of_call(self, end: str, markers: Sequence[re.Match[str]], stops: set[str]) -> re.Match[str] | None:
-        """Return the match of the token that ends the turn after a tool call.
+        """Return the match of the token that ends the turn after a tool call, or None if there is no such token.
 
         `end` is the text after the call, `markers` are the matches of control tokens in this text, and `stops` are the
-        known end-of-turn tokens. The result is the first marker that is one of `stops`, else the last marker. Returns
-        None if there is no marker, if the last marker only closes the call, or if text follows the last marker.
+        known end-of-turn tokens. The first marker that is one of `stops` ends the turn. If no marker is one of `stops`,
+        the last marker ends the turn. But a last marker that closes only the call (`</...`) does not end the turn, and
+        neither does a last marker with text after it.
         """
         named = next((match for match in markers if match[0] in stops), None)
         if named is not None or not markers:
@@ -803,9 +804,9 @@ class AutoEncoder(Encoder):
         return encoded
 
     def _learn_tails(self, prompts: Sequence[str]) -> dict[str, list[int]]:
-        """Add the ids of the ends of these prompts to the cache, and return the cache.
+        """Add the ids of the tails of these prompts to the cache, and return the cache.
 
-        The end of a prompt is the text from its last control token to its end. The cache is {end: ids}.
+        The tail of a prompt is its text from the last control token on. The cache is {tail: ids}.
         """
         if len(self._tails) > _TAILS_KEPT:
             self._tails = {}  # not cleared: a different thread may still read the old cache
@@ -817,9 +818,9 @@ class AutoEncoder(Encoder):
     def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
         """Return how many ids at the start of `whole` are the ids of the prompt. Returns 0 if this is not certain.
 
-        `whole` has the ids of the prompt and its reply, tokenised as one text. Tokenizers first split text at added
-        tokens. So the reply can change only the ids of the end of the prompt, from its last control token on. `tails`,
-        the cache of `_learn_tails`, has the ids of this end without a reply. `whole` must have the same ids there.
+        `whole` has the ids of the prompt and its reply, tokenised as one text. Tokenizers first split text at control
+        tokens. So a reply can change only the ids of the prompt's tail (the text from its last control token on).
+        `tails` is {tail: its ids without a reply}. If the tail has different ids in `whole`, 0 is returned.
         """
         count, start = self.text.last_control(prompt)
         if count == 0:
@@ -912,11 +913,11 @@ class AutoEncoder(Encoder):
         return start, end
 
     def _find_earlier(self, part: _Parts, index: int) -> list[tuple[int, int]]:
-        """Return the spans of the earlier reply in the message `index`, as positions in the text of the prompt.
+        """Return the spans of an earlier reply in the text of the prompt. The reply is the message `index`.
 
         Usually this is one span, including the end of turn. The list is empty if the template does not print the reply.
         A reply with calls can also have text. Some templates print this text later, after the results of the calls.
-        Then a second span covers it.
+        Then a second span covers this text.
         """
         chat, prompt = part.chat, part.prompt
         message = chat.messages[index]
@@ -937,9 +938,11 @@ class AutoEncoder(Encoder):
     def _turn_start(self, part: _Parts, index: int, first: int) -> int:
         """Return the position in the prompt at which the loss of an earlier turn begins.
 
-        Loss begins where the generation prompt of the turn ends. The end of a generation prompt, such as a think block,
-        may be missing in an earlier turn. Then loss begins after the part that is printed. `first` is the position of
-        the content of the turn. Returns the length of the prompt if the position cannot be found.
+        Loss begins where the generation prompt of the turn ends. In an earlier turn, a template may leave out the last
+        part of the generation prompt, such as a think block. Then loss begins after the part that the template prints.
+
+        `first` is the position of the content of the turn. Returns the length of the prompt if the position cannot be
+        found.
         """
         chat = part.chat
         starts = [self._start_under(part, index, first, chat.settings)]

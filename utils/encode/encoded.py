@@ -110,10 +110,10 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
 
 
 def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
-    """Return the row with each of these spans as a separate item of `pieces`.
+    """Return the row with its prompt split at the spans, so that each span becomes a separate item of `pieces`.
 
-    The spans are character positions in the prompt, the first item of `pieces`. Each span is an earlier reply that
-    carries loss.
+    Before the call, the first item of `pieces` is the whole prompt. A span (start, end) counts characters of the
+    prompt, and covers an earlier reply that carries loss.
     """
     prompt, *others = row.pieces
     pieces: list[str] = []

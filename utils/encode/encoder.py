@@ -227,16 +227,16 @@ class Encoder:
     def check_chat(self) -> None:
         """Raise ConfigError if this encoder cannot encode a conversation."""
 
-    def carries_loss(self, reply: Message, row: Row) -> bool:
-        """Return whether an earlier turn of a row carries loss.
+    def carries_loss(self, turn: Message, row: Row) -> bool:
+        """Return whether `turn` carries loss. It is a turn of `row` before the last reply.
 
-        The setting of the turn itself overrides --loss_scope, and --loss_scope overrides the setting of the row. Empty
-        replies never carry loss.
+        The setting of the turn itself overrides --loss_scope, and --loss_scope overrides the setting of the row. Turns
+        of the user and empty replies never carry loss.
         """
-        is_empty = not (reply['content'].strip() or reply.keys() & {'tool_calls', 'reasoning'})
-        is_reply = reply['role'] == 'assistant' and not is_empty
+        is_empty = not (turn['content'].strip() or turn.keys() & {'tool_calls', 'reasoning'})
+        is_reply = turn['role'] == 'assistant' and not is_empty
         scope = self.loss_scope or row.loss_scope
-        return is_reply and reply.get('loss', scope == 'all_rounds')
+        return is_reply and turn.get('loss', scope == 'all_rounds')
 
     def _spells_control(self, messages: Iterable[Message], tools: Sequence[Any] | None = None) -> bool:
         """Return whether these messages or tools contain the text of a control token.

@@ -4,7 +4,7 @@ Active means that the text of a control token becomes the id of this token. Iner
 text. Control tokens are the special tokens of the tokenizer, and also all added tokens that the template itself prints.
 An example is `<｜User｜>` in DeepSeek's templates, which is not a special token of the tokenizer.
 
-Guarded text is template text with data, in which a stand-in replaces each control token of the data.
+Guarded text is template text that contains data. In the data, a stand-in replaces each control token.
 """
 
 from __future__ import annotations
@@ -173,9 +173,11 @@ class TextTokenizer:
         return self._guarded.sub(lambda m: self._by_number[int(m[1])], text)
 
     def guarded_ids(self, text: str) -> list[int]:
-        """Return the ids of guarded text: template text with data, in which `guard` has replaced control tokens.
+        """Return the ids of guarded text.
 
-        Control tokens of the template get their own ids. Control tokens of the data are tokenised as plain text.
+        Guarded text is template text that contains data. In the data, `guard` has replaced each control token by a
+        stand-in. A control token of the template gets its own id. The control token behind a stand-in is tokenised as
+        plain text.
         """
         if self._nonce not in text:
             return self.ids([text])[0]

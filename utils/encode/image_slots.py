@@ -30,8 +30,9 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
     An image column has cells {bytes, path}. If no user turn has an image tag, the images of this column come before the
     text of the first user turn. Raises RowRefused if an image cannot be used.
 
-    If `images` is None, the model has no vision tower. Then the row is returned unchanged, with an empty list. An image
-    column is ignored if no user turn has an image tag. Other images raise RowRefused.
+    If `images` is None, the model has no vision tower. Then a row with a column of image paths raises RowRefused. A row
+    with cells {bytes, path} raises it only if a user turn has an image tag. Any other row is returned unchanged, with
+    an empty list.
     """
     if images is None:
         if row.images and not is_untagged(row):

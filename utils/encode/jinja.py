@@ -61,9 +61,9 @@ def jinja_of(encoder: TemplateEncoder) -> str:
 def serving_template(encoder: Encoder, rows: Sequence[Row]) -> tuple[str | None, str]:
     """Return the chat template for a server, and a sentence that compares it with the template used in training.
 
-    A registered template is written in Jinja and tested on the rows: it must give the same ids as `encode_prompts`.
-    Rows that the template cannot render are skipped. If the test fails, the returned template is None. Then only
-    llm_infer.py can serve the model correctly.
+    If the encoder uses a registered template, this function translates the template to Jinja and tests the translation
+    on the rows: it must give the same ids as `encode_prompts`. Rows that the registered template cannot encode are
+    skipped. If the test fails, the returned template is None. Then only llm_infer.py can serve the model correctly.
     """
     if isinstance(encoder, TextEncoder):
         return None, 'it has no chat template, as in training: it continues text'

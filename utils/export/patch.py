@@ -94,7 +94,7 @@ def plan_patch(model: Any, base: Path, checkpoint: Path, *, family: str | None, 
 
     `model` is the PeftModel with the adapter of `checkpoint`, and `base` the folder of its base model. `family` is the
     name of a Family (utils/loading/legacy) if the base has the file layout of an early release of 2023, else None.
-    `dtype` is the torch name of the dtype in --dtype, or None if the flag is not typed.
+    `dtype` is the value of --dtype as torch names it, e.g. 'bfloat16'. It is None if the command has no --dtype.
     """
     try:
         _check_base(base, family)

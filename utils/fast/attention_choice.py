@@ -61,11 +61,13 @@ def flash_width(query_width: int, value_width: int) -> int:
 
 
 def repeats_keys(case: AttentionCase, *, masked: bool) -> bool:
-    """Return whether the kernel `groups` must repeat each key head for all its query heads.
+    """Return whether torch's attention must get a separate copy of a key head for each of its query heads.
 
-    `masked` says whether torch's attention gets a mask. On an NVIDIA GPU, only torch's flash kernel shares a key
-    head between query heads. If the flash kernel cannot be used, torch would compute shared heads by its slowest
-    kernel, which keeps all scores of a row in fp32.
+    Only the kernel named `groups` needs to know this. `masked` says whether torch's attention gets a mask.
+
+    On an NVIDIA GPU, only torch's flash kernel shares a key head between query heads efficiently. Where this kernel
+    cannot run, torch would choose its slowest kernel for shared heads, which keeps all scores of a row in fp32. So the
+    key heads are copied there.
     """
     if case.kind != 'cuda' or case.heads == case.key_heads:
         return False

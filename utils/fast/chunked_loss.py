@@ -107,10 +107,10 @@ def find_head(model: Any) -> Head | None:
 
 
 class _Selected(torch.autograd.Function):
-    """Returns the rows of x (N, C) at P different positions, as a tensor (P, C).
+    """Returns the rows of x (N, C) at P positions, as a tensor (P, C). No position may occur twice.
 
-    No position occurs twice, so the backward pass writes each gradient once. Indexing by a tensor allows for equal
-    positions: on a GPU its backward pass first sorts the positions, which is slow.
+    So the backward pass writes each gradient once. The backward pass of plain indexing, x[positions], allows for equal
+    positions. On a GPU it first sorts the positions, which is slow.
     """
 
     @staticmethod
@@ -129,8 +129,8 @@ class _Selected(torch.autograd.Function):
 def head_input(head: Head, positions_P: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """A context that yields a list, in which it collects the last hidden states (P, C) at `positions_P`.
 
-    `positions_P` has different indices into all positions of the batch, row after row. The head itself gets an empty
-    input instead, so it costs no time or memory.
+    `positions_P` has indices into the flattened batch (all rows in one). No index occurs twice. The head itself gets an
+    empty input, so it costs no time or memory.
     """
     collected: list[torch.Tensor] = []
 

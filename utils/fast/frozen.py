@@ -1,7 +1,7 @@
-"""The weights of frozen linear layers, plain or packed, for backward passes that save no weight.
+"""Gives the weights of frozen linear layers, so that backward passes need no stored copy of an unpacked weight.
 
-A packed layer holds quantised weights. gptqmodel saves the unpacked weight of each such layer for the backward pass,
-which takes as much memory as an unpacked model. Here the weight is unpacked again.
+A packed layer holds a quantised weight. gptqmodel keeps the unpacked weight of each such layer in memory until the
+backward pass, which takes as much memory as an unpacked model. Here the backward pass unpacks the weight again.
 
 Shapes in names: I input features, O output features.
 """
@@ -64,7 +64,7 @@ def find_weight(layer: nn.Module) -> WeightOf | None:
 
 
 class _FrozenStep(torch.autograd.Function):
-    """Computes the output of a frozen packed layer, and saves nothing. The backward pass unpacks the weight again."""
+    """Computes the output of a frozen packed layer. The backward pass unpacks the weight again."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: nn.Module, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
@@ -78,7 +78,7 @@ class _FrozenStep(torch.autograd.Function):
 
 
 class _FusedPacked(nn.Module):
-    """Mixin for a packed layer of gptqmodel. Its own forward saves the unpacked weight for the backward pass."""
+    """Mixin that stops a packed layer of gptqmodel from keeping its unpacked weight for the backward pass."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output of the layer."""
@@ -90,7 +90,7 @@ class _FusedPacked(nn.Module):
 
 
 def fuse_packed(model: nn.Module) -> int:
-    """Replace the forward of a model's GPTQ layers by one that saves no weight. Returns the number of these layers."""
+    """Make the GPTQ layers of a model keep no unpacked weight for the backward pass. Returns the number of layers."""
     layers = [layer for layer in model.modules() if find_weight(layer) is _unpack_gptq]
     for layer in layers:
         swap_class(layer, _FusedPacked)

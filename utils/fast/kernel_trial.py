@@ -143,7 +143,8 @@ def loss_kernel(
 ) -> LossStep | None:
     """Return the kernel that computes the loss and overwrites the logits with their gradient, or None if not possible.
 
-    The kernel takes the raw result of the head's matrix product. It applies `scale` and `cap` of the head itself.
+    The kernel takes the result of the head's matrix product. It multiplies this result by `scale`, and applies the soft
+    cap `cap`, before it computes the loss.
     """
     if device.type != 'cuda' or dtype not in _DTYPES:
         return None

@@ -56,7 +56,7 @@ class _NormStep(torch.autograd.Function):
 
 
 def _factor(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> torch.Tensor:
-    """Return the factor for the normalised x: the weight, or 1 + weight for layers that store weight - 1."""
+    """Return the factor for the normalised x. It is 1 + `weight` for the kind one_plus, and `weight` otherwise."""
     if kind == 'one_plus':
         return 1.0 + weight.to(torch.promote_types(dtype, torch.float32))
     return weight.to(dtype)

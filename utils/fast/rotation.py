@@ -96,7 +96,7 @@ def _is_of_llama(plain: Any) -> bool:
 
 
 def _rotated(x_BHTD: torch.Tensor, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor) -> torch.Tensor:
-    """Return x, rotated as Llama rotates whole heads (R = D)."""
+    """Return x with Llama's rotary embedding applied. The whole head is rotated (R = D)."""
     low, high = x_BHTD.chunk(2, dim=-1)
     return x_BHTD * cos_BTR[:, None] + torch.cat((-high, low), dim=-1) * sin_BTR[:, None]
 
@@ -124,7 +124,7 @@ def rotation_over(plain: Rotation) -> Rotation:
 def find_kernel(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int, plain: Rotation
 ) -> Rotation | None:
-    """Return the kernel for these arguments of `plain`, or None if it cannot be used.
+    """Return the kernel that can replace `plain` for these queries, keys and tables, or None if no kernel can.
 
     The heads are in dimension `unsqueeze_dim` (1 or 2) of q and k. The kernel takes heads in dimension 1.
     """

@@ -2,8 +2,8 @@
 
 A hit is a trained token to which the model gives a higher probability than to any other token.
 
-Shapes in names: B rows, T tokens of a padded row or of all concatenated rows, P trained tokens, K of the T columns (at
-each of them, at least one row predicts a trained token), C hidden width, V vocabulary.
+Shapes in names: B rows, T tokens of a padded row or of all concatenated rows, P trained tokens, C hidden width, V
+vocabulary, K columns of the batch (B, T) in which at least one row predicts a trained token.
 """
 
 from __future__ import annotations

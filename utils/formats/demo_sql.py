@@ -136,9 +136,9 @@ def _condition(rng: random.Random, unseen: bool, column: str) -> tuple[str, str]
 def is_right(row: dict[str, str], answer: str) -> bool:
     """Return whether the SQL of the answer selects the same records as the reference SQL, row['response'].
 
-    Both are run on the table of the row several times, with different random data. Many cells equal a value in the
-    reference or are close to it, so that a wrong column, value or comparison changes the result. The order of the
-    records matters only if the reference sorts.
+    Both are run several times on the table of the row, each time with different random records. Many numbers and texts
+    in these records equal a constant of the reference SQL or are close to it. So a wrong column, constant or comparison
+    changes the result. The order of the selected records matters only if the reference SQL sorts.
 
     If the answer has a fenced code block, only this block is used. The SQL ends at the first semicolon. The answer is
     wrong if a second statement follows the semicolon. Any other text after the semicolon is ignored. An answer that is

@@ -40,9 +40,9 @@ FileList = dict[str, dict[str, list[str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class CardList:
-    """The list of splits in a repository (see choose_files), as {subset: {split: file names}}.
+    """What the list of splits of a repository says (see choose_files).
 
-    `default` is the default subset. It is '' if the list names no default subset.
+    `subsets` is {subset: {split: file names}}. `default` is the default subset, or '' if the list names none.
     """
 
     subsets: FileList = field(default_factory=dict)
@@ -89,7 +89,7 @@ def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[st
 
 
 def read_card_list(snapshot: hub.Snapshot) -> CardList:
-    """Return the list of splits in the repository (see choose_files). If there is none, the result has no subsets."""
+    """Read the list of splits that the repository contains (see choose_files). Without a list, returns CardList()."""
     modelscope_name = f'{snapshot.repo.id.rsplit("/", 1)[-1]}.json'
     for name, reader in ((modelscope_name, _read_modelscope_list), ('README.md', _read_readme_list)):
         # A data file can have the same name as a list of splits, but a data file is larger.

@@ -80,10 +80,11 @@ def _message(message: Message, row: Row, folder: Path) -> dict[str, Any]:
 
 
 def _moved(path: str, source: str | None, target: Path) -> str:
-    """Return the path by which a data file in the folder `target` names an image.
+    """Return the path of an image for a new data file in the folder `target`.
 
-    `path` is the path by which a data file in the folder `source` names it. If the image is inside `target`, the result
-    is a relative path, otherwise an absolute path. A path that cannot be used, such as a URL, is returned unchanged.
+    `path` is the path of the image in the original data file, which is in the folder `source`. If the image is inside
+    `target`, the result is a relative path, otherwise an absolute path. A path that cannot be used, such as a URL, is
+    returned unchanged.
     """
     if not path or source == str(target):
         return path

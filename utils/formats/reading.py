@@ -41,8 +41,8 @@ class Reading:
             if new in sources:
                 raise ConfigError(
                     f"{location}: --columns gives the columns {sources[new]} and {name} the same name '{new}'. To drop "
-                    f"the file's own column {new}, add {new}= to --columns. To keep it, remove the entry that ends in "
-                    f'={new}.'
+                    f"the column that has this name in the file, add '{new}=' to --columns. To keep that column, "
+                    f"remove the word that ends in '={new}' from --columns."
                 )
             made[new] = value
             sources[new] = name
@@ -65,7 +65,7 @@ def read_columns(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Return ({name in the file: new name}, problems) for the words of --columns.
 
     A word NAME=COLUMN renames the column NAME of the file to COLUMN. If COLUMN is empty, the column is dropped. A wrong
-    word is not in the dict, and `problems` has a message about it.
+    word adds nothing to the dict, and `problems` has a message about it.
     """
     columns: dict[str, str] = {}
     problems: list[str] = []
@@ -84,11 +84,11 @@ def read_columns(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
                 f'{", ".join(KNOWN_COLUMNS)}.'
             )
         elif name in columns:
-            problems.append(f"--columns '{word}': the column {name} is named twice. Remove one of the two.")
+            problems.append(f"--columns '{word}': the column {name} is given twice. Remove one of the two words.")
         elif new and new in columns.values():
             other = next(source for source, target in columns.items() if target == new)
             problems.append(
-                f"--columns '{word}': {other} is named {new} already, and a row has only one. Remove one of the two."
+                f"--columns '{word}': the column {other} is renamed to {new} too. Remove one of the two words."
             )
         else:
             columns[name] = new

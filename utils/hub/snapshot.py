@@ -133,9 +133,9 @@ class Snapshot:
 def find(repos: Sequence[Repo], kind: Kind, *, remedy: str = '') -> Snapshot:
     """Return the first repository of the list that exists on its hub.
 
-    If a hub cannot be reached, return the first of the remaining repositories that was downloaded before. Raises
-    ConfigError if no repository exists, if a hub refuses the account, or if a hub cannot be reached and nothing was
-    downloaded before. `remedy` is appended to the message if no repository is found.
+    The repositories are tried in order. If a hub cannot be reached, this repository and all later ones are looked for
+    only in the cache of this machine. Raises ConfigError if no repository is found, or if a hub refuses the account.
+    `remedy` is appended to the message if no repository is found.
     """
     gone: list[str] = []
     for index, repo in enumerate(repos):
@@ -201,11 +201,11 @@ def _find_cached(repos: Sequence[Repo], kind: Kind, *, why: str, remedy: str) ->
         logger.warning(f'{repo.hub} cannot be reached ({why}): {kind} {repo} is taken from {folder}')
         return Snapshot(repo=repo, kind=kind, files=files, online=False, client=client, commit=recorded.commit)
 
-    local = ', give a local directory with --model_id_or_path,' if kind == 'model' else ''
+    local = ', or give a local directory with --model_id_or_path' if kind == 'model' else ''
     raise ConfigError(
-        f'{repos[0].hub} cannot be reached ({why}), and {kind} {repos[0].id} is not in the cache (looked in '
-        f'{", ".join(map(str, searched))}). Run once with network, copy one of these folders from a machine '
-        f'that has it{local or ","} or use another --hub.{remedy}'
+        f'{repos[0].hub} cannot be reached ({why}), and {kind} {repos[0].id} is not in the cache. Run once with '
+        f'network, or use another --hub. Without network, copy the folder {" or ".join(map(str, searched))} from a '
+        f'machine that has downloaded the {kind}{local}.{remedy}'
     )
 
 

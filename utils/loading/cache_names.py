@@ -18,7 +18,7 @@ _NAMES = ('cache', 'past_key_values')
 
 
 def named_cache(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the cache in `values` as a dict {name: cache}. The dict is empty if there is no cache.
+    """Return the key-value cache in `values` as a dict {name: cache}. The dict is empty if there is no cache.
 
     `values` are the keyword arguments or the output of a model or a layer. They have the cache under one of two names.
     """
@@ -26,10 +26,10 @@ def named_cache(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cache_of(values: Mapping[str, Any]) -> Any:
-    """Return the cache in `values`, or None if there is none."""
+    """Return the key-value cache in `values`, or None if there is none."""
     return next(iter(named_cache(values).values()), None)
 
 
 def without_cache(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` without the cache."""
+    """Return a copy of `values` without the two names under which a key-value cache can be stored."""
     return {name: value for name, value in values.items() if name not in _NAMES}

@@ -118,8 +118,8 @@ def _owners(blocks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
 def _sizes(model: PreTrainedModel, blocks: Mapping[str, torch.nn.Module], spread: Spread) -> dict[str, int]:
     """Return a dict from block to size in bytes.
 
-    Blocks that share a parameter must be on the same GPU. So the dict has only their owner, with the size of all these
-    blocks together. A shared parameter is counted once.
+    Blocks that share a parameter must be on the same GPU. So such blocks have only one entry in the dict: their owner
+    (see _owners), with the size of all these blocks together. A shared parameter is counted once.
     """
     import torch
 

@@ -160,9 +160,12 @@ def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTra
 def _open_layout(model_dir: Path, info: ModelInfo, keywords: dict[str, Any]) -> PreTrainedModel:
     """Return the model of a folder. config.json tells which function must open it.
 
-    Three kinds of folders can be opened: those in the layout of a model's own code of 2023, those saved by a class of
-    this project, and those for a class of transformers. Raises ConfigError for any other folder. Also raises
-    ConfigError if the folder does not belong to the family that `info` names.
+    Three kinds of folders can be opened:
+    - a release of 2023 in a layout of its own, which is converted
+    - a folder that was saved by a class of this project
+    - a folder for a class of transformers
+
+    Raises ConfigError for any other folder, and for a folder of another family than `info` names.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

@@ -164,8 +164,9 @@ def change_each(templates: Templates, change: Callable[[str], str]) -> Templates
 def settings_problems(settings: Iterable[str], templates: Templates, supplied: Iterable[str] = ()) -> list[str]:
     """Return a message for each name that is not a setting of the templates. Each message names a remedy.
 
-    A name is a setting if a template reads it, or if a line before a template sets it. Variables that the tokenizer
-    supplies are not settings. `supplied` has further variables that this tokenizer supplies, e.g. its special tokens.
+    A name is a setting if a template reads a variable of this name, or if a template begins with a line that sets it,
+    such as `{%- set enable_thinking = false -%}`. Variables that the tokenizer supplies are not settings. `supplied`
+    has further variables that this tokenizer supplies, e.g. its special tokens.
     """
     filled = {*SUPPLIED, *supplied}
     known: set[str] = set()

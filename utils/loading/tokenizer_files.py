@@ -18,7 +18,7 @@ PATTERNS = (
     'tokenizer.model', 'tokenizer.model.v*', 'spiece.model', 'sentencepiece.bpe.model', 'tekken.json', '*.tiktoken',
     'chat_template.jinja', 'chat_template.json', 'additional_chat_templates/*.jinja',
 )  # fmt: skip
-# Keys that name code of a checkpoint, which is never run and never passed on.
+# Keys that name Python code of a checkpoint. This code is never run, and these keys are never copied.
 CODE_KEYS = ('auto_map', 'custom_generate')
 
 
@@ -40,7 +40,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def copy_file(file: Path, target: Path) -> None:
-    """Copy a file byte for byte. From a file *config.json, keys that name code of a checkpoint are removed."""
+    """Copy a file byte for byte. But if a file *config.json has keys that name code (CODE_KEYS), leave them out."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if file.name.endswith('config.json') and any(f'"{key}"'.encode() in file.read_bytes() for key in CODE_KEYS):
         content = read_json(file)

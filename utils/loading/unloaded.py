@@ -17,10 +17,10 @@ _INDEX = 'model.safetensors.index.json'
 
 
 def unloaded_tensors(model: Any, base: Path, family: str | None) -> dict[str, TensorRange]:
-    """Return a dict from name to place for the tensors of the folder `base` that the class of `model` does not load.
+    """Return the tensors in the folder `base` that the class of `model` does not load, as {name: TensorRange}.
 
-    Only folders with unquantised safetensors for a class of transformers are searched. For any other folder, the dict
-    is empty.
+    Returns {} if the weights are quantised, if they are not in safetensors files, or if the folder is not for a class
+    of transformers.
     """
     from utils.loading.legacy.registry import find_family, find_saved
 

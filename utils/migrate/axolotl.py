@@ -395,9 +395,10 @@ def translate(t: Translation) -> None:
 
 
 def _steps(t: Translation, *, evaluates: bool) -> None:
-    """Set --eval_steps and --save_steps: from numbers of steps in the recipe, or from evals and saves per epoch.
+    """Set --eval_steps and --save_steps.
 
-    `evaluates` is whether the command has validation rows. Without them, --eval_steps is not set.
+    A recipe gives numbers of steps (eval_steps, save_steps) or numbers per epoch (evals_per_epoch, saves_per_epoch).
+    `evaluates` says whether the command has validation rows. Without them, --eval_steps is not set.
     """
     epochs = to_number(t.get('num_epochs')) or 1
     for what, often, flag in (('eval', 'evals_per_epoch', 'eval_steps'), ('save', 'saves_per_epoch', 'save_steps')):

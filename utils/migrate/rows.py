@@ -15,7 +15,7 @@ COLUMNS_KEY = '(columns)'
 class Rows:
     """The values of --dataset and --val_dataset for a recipe, and the columns that --columns must rename.
 
-    In each method, `key` is the key of the recipe that is mentioned in notes and problems.
+    In each method, `key` is a key of the recipe. Notes and problems mention this key.
     """
 
     train: list[str] = field(default_factory=list)

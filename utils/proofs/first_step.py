@@ -195,9 +195,9 @@ class FirstStepGate(TrainerCallback):
             return
         self.trainer.capacity = heaviest_tokens
         logger.warning(
-            f'--resume_from_checkpoint: the run joined micro-batches to batches of up to {tokens} tokens, which do not '
-            f'fit into the memory of this machine. Batches of up to {heaviest_tokens} tokens are used. The gradients '
-            'are the same up to rounding.'
+            '--resume_from_checkpoint: before it was resumed, the run joined several micro-batches into a batch of up '
+            f'to {tokens} tokens. Such a batch does not fit into the memory of this machine. So batches of up to '
+            f'{heaviest_tokens} tokens are used from now on. The gradients are the same up to rounding.'
         )
 
     def _try_joined(self, tokens: int, heaviest_tokens: int) -> tuple[int, str | None]:

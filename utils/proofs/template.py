@@ -276,10 +276,10 @@ class _Check:
         return self._has_whole_reply(ours, full) and self._decodes_to(ours, notes)
 
     def _is_printed_last(self, follows: str, full: str, notes: set[str]) -> bool:
-        """Return whether the chat template's text `full` ends with `follows`, the encoder's text after the prompt.
+        """Return whether `full` ends with `follows`. Think blocks and whitespace are ignored.
 
-        Think blocks and whitespace are ignored. If the encoder added an end of turn, `full` may have more text after
-        `follows`, but only text that the template prints after every reply.
+        `follows` is the text of the encoder after the prompt. `full` is the chat as the chat template renders it. If
+        the encoder added an end of turn, `full` may end with more text that the template prints after every reply.
         """
         # If a template prints a closed think block after every chat, `follows` may have no text outside of the block.
         plain = _without_blocks if _without_blocks(follows) else _bare

@@ -33,7 +33,7 @@ class LazyMatrix(ABC):
 
     @abstractmethod
     def rows(self, which: slice) -> torch.Tensor:
-        """Compute the rows `which`, a slice with start and stop, and return them."""
+        """Compute and return some rows. `which` is a slice of row indices. It must have a start and a stop."""
 
     def __getitem__(self, index: Any) -> Any:
         return self if index is Ellipsis else self.to()[index]

@@ -213,9 +213,9 @@ def _cut_pattern(vocabulary: Vocabulary) -> str:
     First, it separates user-defined pieces from the rest of the text. It tries the longest piece first. The model then
     keeps each user-defined piece whole (ignore_merges).
 
-    Second, it splits ordinary text that spells a control or byte piece, for example `<s>`, so that the model cannot
-    form this piece. Without the split, a BPE model would form the piece if the text follows a user-defined piece. A
-    unigram model would form it if the text has a character that no normal piece contains.
+    Second, it splits ordinary text that spells a control or byte piece, for example `<s>`. Without the split, the model
+    can read such text as the control or byte piece. A BPE model does so right after a user-defined piece. A unigram
+    model does so if the spelling has a character that no normal piece contains.
     """
     literals = [t for t in vocabulary.of_type(_UNKNOWN, _CONTROL, _BYTE) if len(t) > 1]
     known = set(''.join(vocabulary.of_type(_NORMAL)))
@@ -335,8 +335,8 @@ def _build(model_dir: Path, *, pad: str | None) -> PreTrainedTokenizerFast:
     around = {name: bool(settings.get(f'add_{name}', name == 'bos_token')) for name in ('bos_token', 'eos_token')}
     if lacking := [name for name, wanted in around.items() if wanted and name not in tokens]:
         raise ConfigError(
-            f'{model_dir}/tokenizer_config.json asks to add {lacking[0]}, which it sets to null. '
-            'Download or copy it again.'
+            f'{model_dir}/tokenizer_config.json: {lacking[0]} is to be added to each text, but its value is null. '
+            'Download or copy this file again.'
         )
 
     first, last = ([tokens[name].content] if wanted else [] for name, wanted in around.items())
