@@ -488,8 +488,8 @@ def test_an_unusable_file_is_refused_before_anything_is_read(
 
     new = tmp_path / 'new.txt'
     assert refused(file, new, '--check_dataset', 'false') == [
-        f'--write_clean {new}: the data check writes the copy. Add --check_dataset true.',
-        f'--write_clean {new}: the copy holds JSON lines. Give a name that ends in .jsonl or .jsonl.gz.',
+        f'--write_clean {new}: only the data check writes the clean copy. Add --check_dataset true to run the check.',
+        f'--write_clean {new}: the clean copy consists of JSON lines. Give a name that ends in .jsonl or .jsonl.gz.',
     ]
     assert refused(file, file) == [
         f'--write_clean {file} is one of the data files, which are never changed. Name a new file.'
@@ -504,7 +504,7 @@ def test_an_unusable_file_is_refused_before_anything_is_read(
     monkeypatch.setenv('WORLD_SIZE', '2')
     given = [*words, '--dataset', str(file), '--write_clean', 'x.jsonl', '--check_dataset', 'true']
     assert resolve_sft(parse(SftArguments, given, program='llm_sft.py', about='')).problems.found == [
-        '--write_clean x.jsonl: one process writes the copy. Start the command with python, not torchrun.'
+        '--write_clean x.jsonl: only one process can write the clean copy. Start the command with python, not torchrun.'
     ]
     assert not (tmp_path / 'out').exists()
 

@@ -43,7 +43,7 @@ REFUSED = [
         (*FSDP, '--only_save_model', 'false'),
         'use --deepspeed_config_path ds_config/zero3.json instead of --fsdp',
     ),
-    (0, 2, (*FSDP, '--resume_from_checkpoint', '.'), 'cannot be resumed'),
+    (0, 2, (*FSDP, '--resume_from_checkpoint', '.'), 'Remove --resume_from_checkpoint, or use'),
     (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'adamw_8bit'), 'Use --optim adamw_torch with --fsdp true'),
     (0, 2, (*FSDP, '--sft_type', 'full', '--optim', 'ademamix'), 'Use --optim adamw_torch with --fsdp true'),
     (0, 2, (*ZERO_3, *QLORA), 'does not shard quantised weights. Use ds_config/zero2.json'),

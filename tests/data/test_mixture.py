@@ -246,15 +246,15 @@ def test_rows_are_repeated_by_index(tmp_path: Path) -> None:
 
 # Rules of a command line, each with a part of its message.
 RULES = {
-    ('A%0.5', 'B%0.4'): 'every data set has a share (%), and the shares sum to 0.9 instead of 1. Change the shares',
-    ('A%0.5', 'B%0.6'): 'every data set has a share (%), and the shares sum to 1.1 instead of 1. Change the shares',
-    ('A%0.7', 'B%0.3', 'C'): 'the shares (%) sum to 1, so the mixture has no room for ',
+    ('A%0.5', 'B%0.4'): '(the number after %), but the shares sum to 0.9 instead of 1. Change the shares',
+    ('A%0.5', 'B%0.6'): '(the number after %), but the shares sum to 1.1 instead of 1. Change the shares',
+    ('A%0.7', 'B%0.3', 'C'): 'sum to 1, so nothing is left for the data sets that have no share (',
     (
         'A%0.7',
         'C',
         '--streaming',
         'true',
-    ): 'and --streaming true does not know this number. Give every data set a share',
+    ): 'but --streaming true does not know this number. Give every data set a share',
     ('A', '--val_dataset', 'C%0.7'): 'a share (%) is for training rows. Write ',
 }
 

@@ -227,7 +227,7 @@ def test_no_checkpoint_and_no_run_makes_a_file_run(
     for again in (('--from_run', str(run)), (*GENERATING, '--resume_from_checkpoint', str(run / 'checkpoint-1'))):
         caplog.clear()
         run_sft(*again, *typed)
-        assert f'--score {own}:length: the file is not that of the earlier run (sha256' in caplog.text
+        assert f'--score {own}:length: the file has changed since the earlier run (sha256' in caplog.text
 
 
 @pytest.mark.slow
@@ -236,8 +236,9 @@ def test_another_first_score_is_refused_on_resuming(run_sft: Run, problems: Prob
     resumed = ('--resume_from_checkpoint', str(run / 'checkpoint-1'))
     run_sft(*GENERATING, '--score', 'exact', 'rouge', *resumed, expect=2)
     assert problems() == [
-        '--score: exact decides which checkpoint is best, and in the resumed run rouge-l did. Type '
-        '--predict_with_generate and --score as in that run, or start a new run: leave --resume_from_checkpoint out.'
+        '--score: this run would choose its best checkpoint by exact, but the resumed run chose it by rouge-l. Type '
+        '--predict_with_generate and --score as in the resumed run, or leave --resume_from_checkpoint out to start a '
+        'new run.'
     ]
     run_sft(*GENERATING, '--score', 'rouge', 'exact', *resumed)
 

@@ -220,10 +220,10 @@ def test_resuming_refuses_another_template_and_takes_the_same_from_another_path(
         f'--resume_from_checkpoint {run}/checkpoint-1: the template has changed since that run (its sha256 '
         in problems()[-1]
     )
-    assert 'Type --template_settings enable_thinking=false, or start a new run' in problems()[-1]
+    assert 'Type --template_settings enable_thinking=false, or leave --resume' in problems()[-1]
     file.write_text(SWITCHED + 'x')
     train(base_dir, *flags, *resume, expect=2)
-    assert 'Put the template back, or start a new run' in problems()[-1]
+    assert 'Put the template back, or leave --resume' in problems()[-1]
 
 
 def test_resuming_without_the_flags_says_which_to_type_or_leave_out(
@@ -231,11 +231,11 @@ def test_resuming_without_the_flags_says_which_to_type_or_leave_out(
 ) -> None:
     run = train(switched_dir, '--template_settings', 'enable_thinking=false')
     train(switched_dir, '--resume_from_checkpoint', str(run / 'checkpoint-1'), expect=2)
-    assert 'Type --template_settings enable_thinking=false, or start' in problems()[-1]
+    assert 'Type --template_settings enable_thinking=false, or leave' in problems()[-1]
     plain = train(switched_dir)
     resume = ('--resume_from_checkpoint', str(plain / 'checkpoint-1'))
     train(switched_dir, '--template_settings', 'enable_thinking=false', *resume, expect=2)
-    assert 'Leave --template_settings out, or start' in problems()[-1]
+    assert 'Leave --template_settings out, or leave' in problems()[-1]
 
 
 def test_rows_with_reasoning_are_counted_under_the_setting(

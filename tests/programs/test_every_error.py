@@ -301,7 +301,7 @@ PROGRAMS: dict[str, Row] = {
     'merging in two processes': (of_two_processes('--merge_lora_and_save', 'true'), 'run in one process'),
     'packing a stream': (
         lambda w: w.sft('--packing', 'true', '--streaming', 'true'),
-        '--packing true chooses from all rows, and --streaming true never has all rows in memory. Remove --packing or',
+        '--packing true chooses from all rows, but --streaming true never has all rows in memory. Remove --packing or',
     ),
     'a stream that is held out': (
         lambda w: w.sft('--streaming', 'true', '--stream_val_rows', '100'),

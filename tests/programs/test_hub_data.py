@@ -276,7 +276,7 @@ def test_a_run_is_repeated_and_answered_without_network_and_refused_at_another_c
     caplog.clear()
     assert llm_sft.main(['--from_run', str(run)]) == 2
     pinned = f'The hub served commit {NEWER[:12]} then. Its rows are --dataset owner/name@{NEWER}.'
-    assert pinned in caplog.text and 'the rows of owner/name are not those of the repeated run' in caplog.text
+    assert pinned in caplog.text and 'the rows of owner/name have changed since that run' in caplog.text
     caplog.clear()
     assert llm_infer.main(asked) == 2
     assert pinned in caplog.text

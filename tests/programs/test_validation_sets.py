@@ -180,7 +180,7 @@ def test_inference_answers_the_sets_of_the_run(
 
     write_jsonl(Path(sets[0]), [{'query': 'what is 0?', 'response': 'no'}])
     assert llm_infer.main(serve) == 2
-    assert problems()[-1].startswith(f'--val_dataset {sets[0]}: its rows are not those that checkpoint-1 was trained')
+    assert problems()[-1].startswith(f'--val_dataset {sets[0]}: the rows have changed since checkpoint-1 was')
     assert len(problems()) == 1
 
     typed = str(write_jsonl(tmp_path / 'typed.jsonl', [{'query': f't{i}', 'response': 'r'} for i in range(30)]))
@@ -229,7 +229,7 @@ def test_a_registered_name_in_both_flags_validates_on_its_validation_part(
     assert 'the run was trained on rows of it' not in caplog.text
     monkeypatch.setitem(dataset.DATASET_MAPPING, 'pair', lambda: (train, train))
     assert llm_infer.main(serve) == 2
-    assert problems()[-1].startswith('--val_dataset pair (validation): its rows are not those that checkpoint-1 was')
+    assert problems()[-1].startswith('--val_dataset pair (validation): the rows have changed since checkpoint-1 was')
 
 
 @pytest.mark.parametrize('streaming', [(), ('--streaming', 'true')], ids=str)
@@ -246,12 +246,12 @@ def test_repeating_and_resuming_compare_the_sets(
 
     write_jsonl(Path(sets[0]), [{'query': 'what is 0?', 'response': 'no'}])
     assert llm_sft.main(['--from_run', str(run)]) == 2
-    assert problems()[-1].startswith(f'--from_run: the rows of {sets[0]} are not those of the repeated run')
+    assert problems()[-1].startswith(f'--from_run: the rows of {sets[0]} have changed since that run')
     assert problems()[-1].endswith(
-        '5 then and 1 now). Put them back, or type --val_dataset to train on what is there now.'
+        '5 then and 1 now). Restore the earlier ones, or type --val_dataset to use the present ones.'
     )
     run_sft(*flags, '--resume_from_checkpoint', str(run / 'checkpoint-3'), expect=2)
-    assert problems()[-1].startswith(f'--val_dataset {sets[0]}: its rows are not those that checkpoint-3 was trained')
+    assert problems()[-1].startswith(f'--val_dataset {sets[0]}: the rows have changed since checkpoint-3 was')
 
 
 def test_a_stream_trains_every_row_and_reads_the_sets_whole(
@@ -373,8 +373,8 @@ def test_two_values_with_one_name_are_refused(
     words = (*GENERATING, '--score', f'{own}:short_exact', 'exact')
     run_sft(*words, '--val_dataset', *sets, expect=2)
     assert problems() == [
-        "--score 'exact': for the validation set 'short' it would be logged as 'short_exact', and another value has "
-        'this name. Rename a function or the file of the set.'
+        "--score 'exact': the score of the validation set 'short' would be logged as 'short_exact', but another value "
+        'is logged under this name. Rename a score function or the file of the validation set.'
     ]
     run_sft(*words, '--val_dataset', sets[0], '--max_steps', '1')
 

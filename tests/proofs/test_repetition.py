@@ -223,7 +223,7 @@ def test_data_that_differ_are_refused_even_if_they_are_typed(
     )
     (name,) = json.loads((run / 'lock.json').read_text())['data']
     assert verify(run, '--dataset', name)[0] == 2
-    assert problems()[0].startswith(f'--from_run: the rows of {name} are not those of the repeated run (sha256 000000')
+    assert problems()[0].startswith(f'--from_run: the rows of {name} have changed since that run (sha256 000000')
 
 
 def test_flags_that_contradict_a_verification_are_refused_together(
@@ -236,5 +236,6 @@ def test_flags_that_contradict_a_verification_are_refused_together(
     assert problems()[1:] == [
         "--lora_rank takes a whole number, got 'many'.",
         '--verify true: --max_steps takes 1 or more, got 0.',
-        '--verify true repeats a run from where the run started. Remove --resume_from_checkpoint.',
+        '--verify true repeats the first steps of a run, so it cannot start at a later checkpoint. Remove '
+        '--resume_from_checkpoint.',
     ]

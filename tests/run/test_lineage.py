@@ -195,7 +195,7 @@ def test_the_lineage_is_recorded_shown_and_repeated(
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, given / ADAPTER)
     assert llm_sft.main(['--from_run', str(run)]) == 2
     assert problems()[-1].startswith(
-        f'--from_run: the weights of the adapter are not those of the repeated run (sha256 {sha256[:12]}, now '
+        f'--from_run: the weights of the adapter have changed since that run (sha256 {sha256[:12]} then and '
     )
     assert llm_sft.main(['--from_run', str(run), '--adapter', str(given)]) == 0, 'typed now, it is not compared'
 
@@ -206,8 +206,8 @@ def test_typed_flags_that_differ_from_the_adapter_are_refused(first: Path, run_s
     flags = ('--adapter', str(given), '--lora_rank', '8', '--lora_alpha', '9', '--use_rslora', 'false')
     run_sft(*flags, '--use_dora', 'true', expect=2)
     assert problems() == [
-        f'--{name} {typed}: --adapter {given}: the adapter has {has}. Remove --{name}, or train a new adapter without '
-        '--adapter.'
+        f'--{name} {typed}: the adapter {given} was trained with --{name} {has}. Remove --{name}, or train a new '
+        'adapter without --adapter.'
         for name, typed, has in (
             ('lora_rank', 8, 4), ('lora_alpha', 9, 8), ('use_dora', 'true', 'false'), ('use_rslora', 'false', 'true'),
         )

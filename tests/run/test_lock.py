@@ -63,9 +63,9 @@ def test_other_data_is_refused_unless_it_is_typed(first: Path, problems: Problem
     try:
         data.write_text(before.replace('it is 7.', 'it is 8.'))
         assert again(first)[0] == 2
-        assert problems()[0].startswith(f'--from_run: the rows of {data} are not those of the repeated run (sha256 ')
+        assert problems()[0].startswith(f'--from_run: the rows of {data} have changed since that run (sha256 ')
         assert problems()[0].endswith(
-            '20 then and 20 now). Put them back, or type --dataset to train on what is there now.'
+            '20 then and 20 now). Restore the earlier ones, or type --dataset to use the present ones.'
         )
         assert again(first, '--dataset', str(data), '--max_steps', '1')[0] == 0
     finally:
@@ -78,7 +78,7 @@ def test_other_weights_are_refused(first: Path, problems: Problems) -> None:
     try:
         weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         assert again(first)[0] == 2
-        assert problems()[0].startswith('--from_run: the base weights are not those of the repeated run (sha256 ')
+        assert problems()[0].startswith('--from_run: the base weights have changed since that run (sha256 ')
     finally:
         weights.write_bytes(before)
 

@@ -119,11 +119,11 @@ def test_data_that_changed_are_refused_on_serving_and_on_resuming(
 
     write_jsonl(data, [{'query': 'new', 'response': 'one more'}, *made_rows(20)])
     assert llm_infer.main(serve) == 2
-    assert problems()[-1].startswith(f'--dataset {data}: its rows are not those that checkpoint-2 was trained with')
+    assert problems()[-1].startswith(f'--dataset {data}: the rows have changed since checkpoint-2 was trained')
     assert '20 rows then and 21 now). Put the data back, or type --dataset to answer all rows' in problems()[-1]
     run_sft(*flags, '--resume_from_checkpoint', str(run / 'checkpoint-1'), expect=2)
-    assert problems()[-1].startswith(f'--dataset {data}: its rows are not those that checkpoint-1 was trained with')
-    assert problems()[-1].endswith('or start a new run on what is there now: leave --resume_from_checkpoint out.')
+    assert problems()[-1].startswith(f'--dataset {data}: the rows have changed since checkpoint-1 was trained')
+    assert problems()[-1].endswith('or leave --resume_from_checkpoint out to start a new run.')
 
     write_jsonl(data, made_rows(20))
     assert llm_infer.main(serve) == 0
@@ -161,7 +161,7 @@ def test_held_out_rows_are_found_without_planning(
     kept.write_text(content, encoding='utf-8')
     write_jsonl(data, made_rows(30, first=1))
     assert llm_infer.main(serve) == 2
-    assert 'its rows are not those that checkpoint-1 was trained with' in problems()[-1]
+    assert 'the rows have changed since checkpoint-1 was trained' in problems()[-1]
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_streamed_rows_that_changed_are_refused(run_sft: Run, tmp_path: Path, pr
     assert llm_infer.main(serve) == 0
     write_jsonl(data, made_rows(20, first=1))
     assert llm_infer.main(serve) == 2
-    assert 'its rows are not those that checkpoint-1 was trained with' in problems()[-1]
+    assert 'the rows have changed since checkpoint-1 was trained' in problems()[-1]
 
 
 @pytest.mark.slow

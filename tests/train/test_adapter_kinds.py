@@ -140,11 +140,11 @@ def test_dora_is_refused_where_it_cannot_work(
     monkeypatch.setattr('utils.cli.machine.has_package', lambda name: True)
     run_sft('--use_dora', 'true', '--fsdp', 'true', expect=2)
     assert any(
-        line.startswith('--fsdp true shards the weights, and --use_dora true needs the whole weight of a layer.')
+        line.startswith('--fsdp true shards the weights, but --use_dora true needs the whole weight of a layer.')
         for line in problems()
     )
     run_sft('--use_dora', 'true', '--deepspeed_config_path', str(ROOT / 'ds_config/zero3.json'), expect=2)
-    assert any('ZeRO stage 3 shards the weights, and --use_dora true needs' in line for line in problems())
+    assert any('ZeRO stage 3 shards the weights, but --use_dora true needs' in line for line in problems())
     assert llm_sft.main(['--model_type', 'qwen-7b-chat-int4', '--use_dora', 'true', '--dry_run', 'true']) == 2
     assert any(
         line.startswith("--use_dora true: the weights of 'qwen-7b-chat-int4' are stored quantised (gptq), and PEFT has")

@@ -263,7 +263,7 @@ def test_fp32_weights_are_not_resumed_in_bf16(run_sft: Run, problems: Callable[[
     run_sft(*BF16, '--resume_from_checkpoint', str(run / 'checkpoint-3'), expect=2)
     said = (
         '--full_weights bf16: the state of the resumed optimizer was written with --full_weights fp32. '
-        'Type --full_weights fp32, or start a new run: leave --resume_from_checkpoint out.'
+        'Type --full_weights fp32, or leave --resume_from_checkpoint out to start a new run.'
     )
     assert problems() == [said]
     before_the_flag: dict[str, Any] = {'optim': 'adamw_torch', 'deepspeed_config_path': None}
@@ -277,8 +277,8 @@ REFUSED = [
     (('--fsdp', 'true'), '--full_weights bf16 and --fsdp true: stochastic rounding needs whole weights'),
     (('--deepspeed_config_path', 'ds_config/zero2.json'), '--full_weights bf16 and --deepspeed_config_path: stoch'),
     (('--optim', 'adamw_8bit'), '--optim adamw_8bit rounds bf16 weights to the nearest number'),
-    (('--dtype', 'fp16'), '--full_weights bf16 computes in bf16, and --dtype is fp16. Use --dtype bf16'),
-    (('--dtype', 'fp32'), '--full_weights bf16 computes in bf16, and --dtype is fp32. Use --dtype bf16'),
+    (('--dtype', 'fp16'), '--full_weights bf16 computes in bf16, but --dtype is fp16. Use --dtype bf16'),
+    (('--dtype', 'fp32'), '--full_weights bf16 computes in bf16, but --dtype is fp32. Use --dtype bf16'),
 ]
 
 

@@ -290,7 +290,7 @@ def test_another_optimizer_is_refused_on_resuming(run_sft: Run, problems: Proble
     run_sft('--optim', 'sgd', *resumed, expect=2)
     assert problems() == [
         '--optim sgd: the state of the resumed optimizer was written with --optim adamw_torch. '
-        'Type --optim adamw_torch, or start a new run: leave --resume_from_checkpoint out.'
+        'Type --optim adamw_torch, or leave --resume_from_checkpoint out to start a new run.'
     ]
     assert (run_sft('--optim', 'adamw_torch_fused', *resumed) / 'run.json').is_file()
 

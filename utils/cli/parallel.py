@@ -40,27 +40,31 @@ def resolve_scale(done: Resolution[SftArguments]) -> None:
         )
     if args.new_tokens is not None:
         problems.add(
-            '--fsdp true shards the embedding, and --new_tokens enlarges it. Remove --new_tokens, or use '
-            '--deepspeed_config_path ds_config/zero2.json instead of --fsdp.'
+            '--fsdp true shards the embedding, and --new_tokens cannot enlarge a sharded embedding. Remove '
+            '--new_tokens, or use --deepspeed_config_path ds_config/zero2.json instead of --fsdp.'
         )
     if args.lora_modules_to_save is not None:
         problems.add(
-            '--fsdp true shards the weights, and --lora_modules_to_save needs whole layers. Remove '
+            '--fsdp true shards the weights, but --lora_modules_to_save needs whole layers. Remove '
             '--lora_modules_to_save, or use --deepspeed_config_path ds_config/zero2.json instead of --fsdp.'
         )
     if args.use_dora:
         problems.add(
-            '--fsdp true shards the weights, and --use_dora true needs the whole weight of a layer. Remove --use_dora, '
+            '--fsdp true shards the weights, but --use_dora true needs the whole weight of a layer. Remove --use_dora, '
             'or use --deepspeed_config_path ds_config/zero2.json instead of --fsdp.'
         )
     if is_of_bitsandbytes(args.optim) and args.sft_type == 'full':
         problems.add(f'--optim {args.optim} cannot update sharded weights. Use --optim adamw_torch with --fsdp true.')
-    if args.resume_from_checkpoint is not None or args.only_save_model is False:
-        # transformers does not store the state of an optimizer over sharded weights.
+    # transformers does not store the state of an optimizer over sharded weights.
+    needs_state = {
+        '--resume_from_checkpoint': args.resume_from_checkpoint is not None,
+        '--only_save_model false': args.only_save_model is False,
+    }
+    if any(needs_state.values()):
+        given = ' and '.join(flag for flag, is_typed in needs_state.items() if is_typed)
         problems.add(
-            '--fsdp true does not store the state of the optimizer, so a run cannot be resumed. To resume runs, use '
-            '--deepspeed_config_path ds_config/zero3.json instead of --fsdp. To train without resuming, leave '
-            '--resume_from_checkpoint and --only_save_model out.'
+            f'{given} cannot be used with --fsdp true, which does not store the state of the optimizer. Remove '
+            f'{given}, or use --deepspeed_config_path ds_config/zero3.json instead of --fsdp.'
         )
     elif args.only_save_model is None:
         done.decide('only_save_model', True, 'the state of an optimizer over sharded weights (--fsdp) is not stored')
@@ -116,17 +120,17 @@ def check_deepspeed(zero: ZeroConfig, done: Resolution[SftArguments]) -> None:
         problems.add(f'{path}: ZeRO stage 3 does not shard quantised weights. Use ds_config/zero2.json.')
     if zero.stage == 3 and args.new_tokens is not None:
         problems.add(
-            f'{path}: ZeRO stage 3 shards the embedding, and --new_tokens enlarges it. Use ds_config/zero2.json, or '
-            'remove --new_tokens.'
+            f'{path}: ZeRO stage 3 shards the embedding, and --new_tokens cannot enlarge a sharded embedding. Use '
+            'ds_config/zero2.json, or remove --new_tokens.'
         )
     if zero.stage == 3 and args.lora_modules_to_save is not None:
         problems.add(
-            f'{path}: ZeRO stage 3 shards the weights, and --lora_modules_to_save needs whole layers. Use '
+            f'{path}: ZeRO stage 3 shards the weights, but --lora_modules_to_save needs whole layers. Use '
             'ds_config/zero2.json, or remove --lora_modules_to_save.'
         )
     if zero.stage == 3 and args.use_dora:
         problems.add(
-            f'{path}: ZeRO stage 3 shards the weights, and --use_dora true needs the whole weight of a layer. Use '
+            f'{path}: ZeRO stage 3 shards the weights, but --use_dora true needs the whole weight of a layer. Use '
             'ds_config/zero2.json, or remove --use_dora.'
         )
     if zero.offloads_optimizer and 'optimizer' not in zero.content and args.optim not in _OFFLOADED:

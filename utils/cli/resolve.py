@@ -115,18 +115,19 @@ def _resolve_mixture(done: Resolution[SftArguments], sources: Sequence[Source]) 
     if args.streaming and others:
         done.problems.add(
             f'--dataset {others}: a data set without a share (%) decides the size of the mixture by its number of '
-            'rows, and --streaming true does not know this number. Give every data set a share, e.g. name%0.3, or '
+            'rows, but --streaming true does not know this number. Give every data set a share, e.g. name%0.3, or '
             'remove --streaming.'
         )
     elif others and total >= 1:
         done.problems.add(
-            f'--dataset: the shares (%) sum to {float(total):.7g}, so the mixture has no room for {others} without a '
-            'share. Lower the shares, or give every data set a share so that they sum to 1.'
+            f'--dataset: the shares (the numbers after %) sum to {float(total):.7g}, so nothing is left for the data '
+            f'sets that have no share ({others}). Lower the shares, or give every data set a share so that they sum '
+            'to 1.'
         )
     elif not others and abs(total - 1) > _SHARES_TOLERANCE:
         done.problems.add(
-            f'--dataset: every data set has a share (%), and the shares sum to {float(total):.7g} instead of 1. Change '
-            'the shares, or remove the share of one data set to use all its rows.'
+            f'--dataset: every data set has a share (the number after %), but the shares sum to {float(total):.7g} '
+            'instead of 1. Change the shares, or remove the share of one data set to use all its rows.'
         )
 
     if not args.streaming and 'train_dataset_sample' not in done.typed:
@@ -147,18 +148,18 @@ def _resolve_streaming(done: Resolution[SftArguments]) -> None:
         )
     if args.test_oom_error:
         problems.add(
-            '--test_oom_error true sorts all rows, and --streaming true never has all rows in memory. Remove '
+            '--test_oom_error true sorts all rows, but --streaming true never has all rows in memory. Remove '
             '--test_oom_error or --streaming.'
         )
     if args.packing:
         problems.add(
-            '--packing true chooses from all rows, and --streaming true never has all rows in memory. Remove --packing '
+            '--packing true chooses from all rows, but --streaming true never has all rows in memory. Remove --packing '
             'or --streaming.'
         )
     for word in args.dataset:
         if '#' in word:  # a word of --val_dataset may have one: validation sets are read whole
             problems.add(
-                f"--dataset '{word}': # draws from all rows, and --streaming true never has all rows in memory. Remove "
+                f"--dataset '{word}': # draws from all rows, but --streaming true never has all rows in memory. Remove "
                 '# and the number after it, or remove --streaming.'
             )
 
@@ -180,11 +181,13 @@ def _resolve_clean_copy(done: Resolution[SftArguments]) -> None:
 
     given = f'--write_clean {args.write_clean}'
     if not args.check_dataset:
-        problems.add(f'{given}: the data check writes the copy. Add --check_dataset true.')
+        problems.add(f'{given}: only the data check writes the clean copy. Add --check_dataset true to run the check.')
     if not args.write_clean.lower().endswith(('.jsonl', '.jsonl.gz')):
-        problems.add(f'{given}: the copy holds JSON lines. Give a name that ends in .jsonl or .jsonl.gz.')
+        problems.add(f'{given}: the clean copy consists of JSON lines. Give a name that ends in .jsonl or .jsonl.gz.')
     if dist.world_size() > 1:
-        problems.add(f'{given}: one process writes the copy. Start the command with python, not torchrun.')
+        problems.add(
+            f'{given}: only one process can write the clean copy. Start the command with python, not torchrun.'
+        )
     if 'train_dataset_sample' not in done.typed:
         done.decide('train_dataset_sample', -1, '--write_clean copies all rows')
 
@@ -282,7 +285,7 @@ def _resolve_full_weights(done: Resolution[SftArguments]) -> None:
         )
     if args.dtype in ('fp16', 'fp32') and 'dtype' in done.typed:
         done.problems.add(
-            f'--full_weights bf16 computes in bf16, and --dtype is {args.dtype}. Use --dtype bf16, or remove '
+            f'--full_weights bf16 computes in bf16, but --dtype is {args.dtype}. Use --dtype bf16, or remove '
             '--full_weights.'
         )
     elif args.dtype != 'bf16':
@@ -354,7 +357,8 @@ def _check_layout(done: Resolution[SftArguments]) -> None:
         )
     if args.packing and args.max_length == -1:
         done.problems.add(
-            '--packing true fills rows up to --max_length, and -1 is no limit. Give a length, e.g. --max_length 2048.'
+            '--packing true fills rows up to --max_length, but --max_length -1 sets no limit. Give a length, e.g. '
+            '--max_length 2048.'
         )
     if args.test_oom_error:
         done.without_effect(('group_by_length',), '--test_oom_error true sorts all rows by length')

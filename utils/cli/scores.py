@@ -80,8 +80,8 @@ def _check_names_of_sets(words: Sequence[str], sets: Sequence[str], problems: Pr
         logged = f'{name}_{score_name(word)}'
         if logged in taken:
             problems.add(
-                f"--score '{word}': for the validation set '{name}' it would be logged as '{logged}', and another "
-                'value has this name. Rename a function or the file of the set.'
+                f"--score '{word}': the score of the validation set '{name}' would be logged as '{logged}', but "
+                'another value is logged under this name. Rename a score function or the file of the validation set.'
             )
         taken.add(logged)
 

@@ -38,12 +38,13 @@ def split_size(size: int, shares: Sequence[Fraction]) -> list[int]:
 def mix(ingredients: Sequence[Ingredient], *, limit: int, seed: int) -> str:
     """Choose the training rows of a mixture. Returns a log line with the number of rows of each set.
 
-    If all sets have a share, the mixture has `limit` rows. A negative `limit` means the number of rows of all sets.
+    If all sets have a share, the mixture has `limit` rows. If `limit` is negative, the mixture has as many rows as all
+    sets together.
 
-    If some sets have no share, they give all their rows. These rows fill the part of the mixture that the shares leave,
-    and so decide its size. For example, 700 rows without a share and a share of 0.3 make a mixture of 1000 rows. If
-    this is more than `limit`, the mixture has `limit` rows, and the sets without a share give only some rows, drawn at
-    random. A negative `limit` is then no limit.
+    If some sets have no share, these sets give all their rows. The shares are shares of the whole mixture. For example,
+    700 rows without a share and a share of 0.3 make a mixture of 1000 rows. In this case, `limit` is the maximum number
+    of rows, and a negative `limit` sets no maximum. If the mixture would have more rows than `limit`, the sets without
+    a share give only some of their rows, drawn at random.
 
     Raises ConfigError if a set with a share gives no row.
     """

@@ -44,8 +44,8 @@ class Plan:
     """Says which rows a run uses.
 
     `left_out` counts the rows that cannot be trained on. `noted` counts the notes on all other rows. `drawn` has one
-    log line for each decision to use only some of the rows. `digest` is a hash of all rows and their uses. `mixed` says
-    whether the training rows are a mixture with shares.
+    log line for each decision to use only some of the rows. `digest` is a hash of all rows, and of the use of each row
+    (training, validation or none). `mixed` says whether the training rows are a mixture with shares.
     """
 
     parts: list[Part]
@@ -84,10 +84,11 @@ class Plan:
                 yield use, row
 
     def lock(self) -> dict[str, dict[str, Any]]:
-        """Return {part: {'rows': number of used rows, 'sha256': hash of the content and the uses}} for lock.json.
+        """Return the data entry of lock.json: {name of the part: {'rows': ..., 'sha256': ...}}.
 
-        The entry of a data set of a hub also has the keys `served` and `commit`. The entry of a validation set has
-        the key `flag`.
+        `rows` is the number of used rows. `sha256` is a hash of all rows, and of the use of each row (training,
+        validation or none). The entry of a data set of a hub also has the keys `served` and `commit`. The entry of a
+        validation set has the key `flag`.
         """
         return {
             part.name: {
@@ -112,9 +113,9 @@ def loss_decisions(
     `typed` is the value of --loss_scope: 'all_rounds' if every reply carries loss, 'last_round' if only the last reply
     of a row does. If `typed` is None, the format of each row decides its scope.
 
-    An earlier reply is a reply before the last reply of a row. `replies` counts the earlier replies, and `rows` counts
-    the rows that have earlier replies. The keys of both are the scopes that the formats of the rows decide. `total` is
-    the end of each line, for example 'of 100 rows'.
+    An earlier reply is a reply before the last reply of a row. `rows` counts the rows that have earlier replies.
+    `replies` counts the earlier replies. Both count separately for each scope: `rows['last_round']` is the number of
+    rows whose format decides 'last_round'. `total` is the end of each line, for example 'of 100 rows'.
     """
     if typed == 'all_rounds':
         return []
@@ -148,7 +149,7 @@ def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
 
 
 def part_not_used(part: Part) -> str:
-    """Return the log line that a validation part is not used."""
+    """Return the log line for a validation part that is not used."""
     return f'{part.name} is not used because --val_dataset names the validation rows'
 
 
@@ -194,7 +195,8 @@ class _Planner:
     def add_validation(self, word: str, name: str, trained: Collection[str]) -> None:
         """Read a data set of --val_dataset: its validation part if it has one, else all its rows.
 
-        Raises ConfigError if no row is left, or if the data set is in `trained` and has no validation part.
+        Raises ConfigError if no row is left. Also raises ConfigError if a data set without a validation part is in
+        `trained`.
         """
         source = parse_source(word)
         opened = open_parts(source, self.bad, self.hub, self.reading)
@@ -308,7 +310,8 @@ def plan_validation(
     """Read the data sets of --val_dataset once, and return the plan of their rows.
 
     If a set has a validation split, only this split is used. `trained` has the names of the data sets of --dataset.
-    Raises ConfigError if a set in `trained` has no validation split, or if all rows of a set are skipped.
+    Raises ConfigError if a set of --val_dataset is also in `trained` and has no validation split. Also raises
+    ConfigError if all rows of a set are skipped.
     """
     planner = _Planner(seed=seed, hub=hub, bad=refuse, reading=reading)
     _add_validation_sets(planner, val_words, trained)

@@ -65,7 +65,7 @@ def parse_source(word: str) -> Source:
     Raises ConfigError if the word is not a valid source. For an unknown name, the message suggests similar names.
     """
     whole, share = _split_share(word)
-    return replace(_parse_unshared(whole), share=share)
+    return replace(_parse_without_share(whole), share=share)
 
 
 def _split_share(word: str) -> tuple[str, Fraction | None]:
@@ -92,8 +92,8 @@ def _split_share(word: str) -> tuple[str, Fraction | None]:
     return name, Fraction(share)
 
 
-def _parse_unshared(word: str) -> Source:
-    """Return the source of a word that has no share."""
+def _parse_without_share(word: str) -> Source:
+    """Return the source that `word` names. The share (e.g. %0.3) was removed from `word` before."""
     if '://' in word:
         raise ConfigError(
             f"--dataset '{word}': this is a URL, and rows are not fetched from the web. Download the file and give its "
@@ -164,7 +164,10 @@ def shadowed_id(source: Source) -> str | None:
 
 
 def not_found_remedy(source: Source) -> str:
-    """Return the remedy for a word whose data set was not found: similar ids, the other hub, or a local folder."""
+    """Return the remedy in the message that a hub does not have the data set `source`.
+
+    It names similar ids. If the user named no hub, it also says how to name one.
+    """
     assert source.hub is not None, 'only a data set of a hub can be missing on it'
     known = [
         repo_id
@@ -286,7 +289,7 @@ def abbreviated(path: Path) -> str:
 
 
 def of_flag(problem: str, flag: str) -> str:
-    """Return the message `problem` with --dataset replaced by --`flag`, for a word that was typed for `flag`."""
+    """Return the message `problem` with --`flag` in place of --dataset."""
     rest = problem.removeprefix('--dataset ')
     return problem if rest == problem else f'--{flag} {rest}'
 

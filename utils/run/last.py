@@ -45,7 +45,10 @@ class Found:
 
 
 def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, Any]) -> bool:
-    """Replace --resume_from_checkpoint last by the newest undamaged checkpoint of a run that fits, or by None.
+    """Replace the value `last` of --resume_from_checkpoint by the path of a checkpoint, or by None.
+
+    The checkpoint is the newest undamaged checkpoint of a run that fits this command. A run fits if it has the same
+    flags, data, weights and number of processes. The value is None if there is no such checkpoint.
 
     Returns True if the newest run that fits is complete, so that nothing is left to train. The main process searches,
     and all processes get the same result. Raises ConfigError if a process cannot read the checkpoint.
@@ -141,7 +144,7 @@ def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None
     except ConfigError as error:
         return error.problems[0].split('. ')[0]
 
-    if reason := _other_start(lock, record):
+    if reason := _other_adapter(lock, record):
         return reason
     if changed := changed_flags(earlier, record):
         return 'other flags, ' + ', '.join(f'--{name} {then} (now {now})' for name, now, then in changed)
@@ -163,11 +166,11 @@ def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None
     return f'other rows of {", ".join(changed_rows)}' if changed_rows else None
 
 
-def _other_start(lock: Mapping[str, Any], record: RunRecord) -> str | None:
-    """Return why the start of an earlier run does not match this command. Returns None if the start matches.
+def _other_adapter(lock: Mapping[str, Any], record: RunRecord) -> str | None:
+    """Return why an earlier run did not start from the adapter that this command names. Returns None if it did.
 
-    `lock` is the lock.json of the earlier run, and `record` is the record of this command. With --adapter, the earlier
-    run must have started from this adapter. Without --adapter, it must not have started from an adapter.
+    `lock` is the lock.json of the earlier run, and `record` is the record of this command. If this command has no
+    --adapter, the earlier run must have started without an adapter.
     """
     started_from = (lock.get('adapter') or {}).get('sha256')
     adapter = record.flags.get('adapter')

@@ -82,16 +82,16 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
     for name, without_effect in _UNEXPRESSED.items():
         if config.get(name) not in without_effect:
             problems.add(
-                f'{given}: its {ADAPTER_CONFIG} sets {name}, which no flag can set. Merge it into its base with '
-                'merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
+                f'{given}: its {ADAPTER_CONFIG} sets {name}, which no flag can set. Merge the adapter into its base '
+                'with merge_and_unload of PEFT, and name the merged folder with --model_id_or_path.'
             )
     if config.get('trainable_token_indices') and not (record and record.added_tokens):
         problems.add(
-            f'{given}: it has embedding rows of new tokens, and no record of its run (sft_args.json) says which '
-            'tokens. Merge it into its base with merge_and_unload of PEFT, and name the merged folder with '
+            f'{given}: the adapter has embedding rows of new tokens, but no sft_args.json that names these tokens. '
+            'Merge the adapter into its base with merge_and_unload of PEFT, and name the merged folder with '
             '--model_id_or_path.'
         )
-    _fill_shape(parsed, config, f'{given}: the adapter has', decisions)
+    _fill_shape(parsed, config, decisions)
     _fill_model(parsed, config, record, decisions)
     if record is None:
         warnings.append(
@@ -144,11 +144,11 @@ def adapter_flags(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], whose: str, decisions: list[str]) -> None:
+def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], decisions: list[str]) -> None:
     """Set each flag of `adapter_flags` to the value of the adapter, unless the flag was typed.
 
-    Adds a problem for each typed flag with a different value. `whose` is the middle of its message, e.g. 'the adapter
-    has'. Typed names of layers are compared later, when the model is open.
+    Adds a problem for each typed flag with a different value. Typed names of layers are compared later, when the model
+    is open.
     """
     for name, value in adapter_flags(config).items():
         typed = getattr(parsed.args, name)
@@ -158,8 +158,8 @@ def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], whose: 
             setattr(parsed.args, name, value)
         elif name not in ('lora_target_modules', 'lora_modules_to_save') and typed != value:
             parsed.problems.add(
-                f'--{name} {str(typed).lower()}: {whose} {str(value).lower()}. Remove --{name}, or train a new adapter '
-                'without --adapter.'
+                f'--{name} {str(typed).lower()}: the adapter {parsed.args.adapter} was trained with --{name} '
+                f'{str(value).lower()}. Remove --{name}, or train a new adapter without --adapter.'
             )
 
 
@@ -209,9 +209,9 @@ def _fill_from_run(
 
 
 def _fill_from_checkpoint(parsed: Parsed[SftArguments], decisions: list[str]) -> Parsed[SftArguments]:
-    """Set the flags that --adapter decides to their values in the resumed checkpoint, unless they were typed.
+    """Set the flags that --adapter decides, unless they were typed. The values come from the resumed checkpoint.
 
-    Sets nothing if the command resumes no run, or a run that began without --adapter.
+    Sets nothing if the command resumes no run. Also sets nothing if the resumed run began without --adapter.
     """
     if parsed.args.resume_from_checkpoint is None:
         return parsed

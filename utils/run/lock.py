@@ -124,8 +124,8 @@ def warn_of_other_scores(then: dict[str, Any], now: dict[str, Any], warnings: li
     for word, sha256 in now['scores'].items():
         if earlier.get(word, sha256) != sha256:
             warnings.append(
-                f'--score {word}: the file is not that of the earlier run (sha256 {earlier[word][:12]}, now '
-                f'{sha256[:12]}): the scores may differ.'
+                f'--score {word}: the file has changed since the earlier run (sha256 {earlier[word][:12]} then and '
+                f'{sha256[:12]} now), so the scores may differ.'
             )
 
 
@@ -167,17 +167,20 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
 
 
 def _check_verification(parsed: Parsed[SftArguments], problems: Problems) -> None:
-    """Add what is wrong with a command line that has --verify true to `problems`.
+    """Check the flags of a command with --verify true.
 
-    `parsed` is the command line as the user typed it, without the flags of the run in --from_run. Its errors are added,
-    and a problem for each typed flag that contradicts --verify true.
+    `parsed` is the command line as the user typed it, without the flags of the run in --from_run. `problems` gets the
+    problems of `parsed`, and one problem for each typed flag that contradicts --verify true.
     """
     for problem in parsed.problems.found:
         problems.add(problem)
     if steps_to_verify(parsed) < 1:
         problems.add(f'--verify true: --max_steps takes 1 or more, got {parsed.args.max_steps}.')
     if 'resume_from_checkpoint' in parsed.typed:
-        problems.add('--verify true repeats a run from where the run started. Remove --resume_from_checkpoint.')
+        problems.add(
+            '--verify true repeats the first steps of a run, so it cannot start at a later checkpoint. Remove '
+            '--resume_from_checkpoint.'
+        )
 
 
 def steps_to_verify(parsed: Parsed[SftArguments]) -> int:
@@ -295,17 +298,17 @@ def check_same_data(
         has = now.get(source, {})
         if had.get('sha256') != has.get('sha256'):
             problems.add(
-                f'--{_flag_of(had, has)} {source}: its rows are not those that {checkpoint.name} was trained with '
-                f'(sha256 {str(had.get("sha256"))[:12]}, now {str(has.get("sha256"))[:12]}, {had.get("rows", 0)} rows '
+                f'--{_flag_of(had, has)} {source}: the rows have changed since {checkpoint.name} was trained (sha256 '
+                f'{str(had.get("sha256"))[:12]} then and {str(has.get("sha256"))[:12]} now, {had.get("rows", 0)} rows '
                 f'then and {has.get("rows", 0)} now). Put the data back, {remedy}.{_commit_then(source, had, has)}'
             )
     return []
 
 
 def _flag_of(*entries: dict[str, Any]) -> str:
-    """Return the flag that named a data set, without --. `entries` are entries of lock.json for this data set.
+    """Return the name of the flag that named a data set: 'dataset' or 'val_dataset'.
 
-    Only entries of validation sets have the key `flag`. Without this key, the flag is 'dataset'.
+    `entries` are entries of lock.json for this data set. Only entries of validation sets have the key `flag`.
     """
     return next((entry['flag'] for entry in entries if 'flag' in entry), 'dataset')
 
@@ -348,7 +351,7 @@ def _compare(
         has_rows = 'rows' in then or 'rows' in now
         counts = f', {then.get("rows", 0)} then and {now.get("rows", 0)} now' if has_rows else ''
         problems.add(
-            f'--from_run: {what} are not those of the repeated run (sha256 {str(then.get("sha256"))[:12]}, now '
-            f'{str(now.get("sha256"))[:12]}{counts}). Put them back, or type {remedy} to train on what is there '
-            f'now.{note}'
+            f'--from_run: {what} have changed since that run (sha256 {str(then.get("sha256"))[:12]} then and '
+            f'{str(now.get("sha256"))[:12]} now{counts}). Restore the earlier ones, or type {remedy} to use the '
+            f'present ones.{note}'
         )

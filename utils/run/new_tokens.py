@@ -36,7 +36,7 @@ def find_new_tokens(args: SftArguments) -> list[str]:
     tokens = list(record.added_tokens)
     if typed is not None and typed != tokens:
         raise ConfigError(
-            f'--new_tokens {args.new_tokens}: its tokens are not those that {earlier} was trained with '
+            f'--new_tokens {args.new_tokens}: {earlier} was trained with different new tokens '
             f'({", ".join(tokens) or "none"}). Remove --new_tokens, or start a new run on the base model.'
         )
     return tokens

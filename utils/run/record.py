@@ -30,7 +30,7 @@ RUN_JSON = 'run.json'
 
 _GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
 _RESTORE = 'Put back the file that the run wrote.'
-_RESUME_REMEDY = 'or start a new run on what is there now: leave --resume_from_checkpoint out'
+_RESUME_REMEDY = 'or leave --resume_from_checkpoint out to start a new run'
 # Flags that do not change how a run trains: they decide what the run shows, or how it is started.
 _SHOWN = (
     'show_samples', 'report_samples', 'report_to', 'drift', 'compare_rows', 'from_run', 'doctor', 'verify',
@@ -341,7 +341,7 @@ def _check_resumed_optimizer(then: Mapping[str, Any], now: Mapping[str, Any], pr
         if had != typed and not same_update:
             problems.add(
                 f'--{name} {typed}: the state of the resumed optimizer was written with --{name} {had}. '
-                f'Type --{name} {had}, or start a new run: leave --resume_from_checkpoint out.'
+                f'Type --{name} {had}, or leave --resume_from_checkpoint out to start a new run.'
             )
 
 
@@ -359,9 +359,9 @@ def _check_resumed_metric(then: Mapping[str, Any], now: Mapping[str, Any], probl
     ]
     if metrics[0] != metrics[1]:
         problems.add(
-            f'--score: {metrics[1]} decides which checkpoint is best, and in the resumed run {metrics[0]} did. Type '
-            '--predict_with_generate and --score as in that run, or start a new run: leave --resume_from_checkpoint '
-            'out.'
+            f'--score: this run would choose its best checkpoint by {metrics[1]}, but the resumed run chose it by '
+            f'{metrics[0]}. Type --predict_with_generate and --score as in the resumed run, or leave '
+            '--resume_from_checkpoint out to start a new run.'
         )
 
 

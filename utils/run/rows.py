@@ -234,7 +234,7 @@ def _all_rows(args: InferArguments, reading: Reading) -> list[Row]:
     chosen = [part for part in plan.parts if part.name + VALIDATION not in names]
     for part in chosen:
         what = 'its validation split' if part.is_val else 'the whole data set'
-        logger.info(f'{part.name}: rows to answer come from {what}: {len(part.uses) - part.uses.count(UNUSED)} rows')
+        logger.info(f'{part.name}: {len(part.uses) - part.uses.count(UNUSED)} rows of {what} are answered')
     for line in plan.left_out.lines('left out'):
         logger.warning(line)
 

@@ -85,7 +85,7 @@ class ServerCheck:
         return int(failed > 0)
 
     def _questions(self, rows: Sequence[Row]) -> list[Question]:
-        """Return the requests for the rows. Counts the rows that cannot be sent in `self.not_sent`.
+        """Return the requests for the rows. `self.not_sent` then counts the rows that cannot be sent.
 
         Raises ConfigError if no row can be sent.
         """
@@ -106,7 +106,7 @@ class ServerCheck:
         return questions
 
     def _ask(self, questions: Sequence[Question]) -> list[Asked]:
-        """Send the requests, and return the replies. Counts the requests that the server refuses in `self.refused`.
+        """Send the requests, and return the replies. `self.refused` then counts the requests that the server refused.
 
         Raises ConfigError if the server refuses all requests.
         """

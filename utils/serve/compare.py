@@ -82,9 +82,9 @@ class Checked:
     None if the server removed tool calls from its answer. `base_agreement` is also None if `agreement` is 'equal'.
     Without an adapter, `base_answer` and `base_agreement` are None.
 
-    The server lists candidates for the first token of the answer. `first` is the largest difference between the log
-    probability of a candidate on the server and in the run. It is None if no candidate is likely in the run.
-    `first_base` compares server and base model in the same way. It is None without an adapter.
+    The server lists candidates for the first token of the answer. Each candidate has a log probability on the server
+    and another one in the run. `first` is the largest difference of these two. It is None if no candidate is likely in
+    the run. `first_base` compares server and base model in the same way. It is None without an adapter.
 
     `stops` is 'early' if the server's answer is only the beginning of the run's answer, 'late' if it goes on after the
     end of the run's answer, and otherwise None.
@@ -256,9 +256,10 @@ def _stops(reply: Reply, answer: Expected, agreement: Agreement | None) -> Liter
 
 
 def _first_difference(served: Mapping[str, float], model: Model, question: Question) -> float | None:
-    """Return the largest difference between server and model in the log probabilities of the first token of an answer.
+    """Return the largest difference between the log probability of a token on the server and that of the model.
 
-    Only tokens that are likely for the model are compared. Returns None if `served` has no such token.
+    `served` is {token: log probability on the server} for candidates for the first token of an answer. Only tokens that
+    are likely for the model are compared. Returns None if `served` has no such token.
     """
     if not served:
         return None

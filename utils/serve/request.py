@@ -118,10 +118,10 @@ def _tool(tool: Any) -> Any:
 
 
 def _thinking_keys(row: Row, request: Mapping[str, Any], encoder: Encoder, ids: list[int]) -> dict[str, Any]:
-    """Return the keys that turn on thinking in `request`, or {} if the request does not need them.
+    """Return the keys to add to `request` to turn on thinking. Returns {} if `request` needs no keys.
 
-    `ids` are the token ids of the prompt in the run. A server must get the same ids from the request. First the request
-    is encoded without the keys, then with them. Raises NotSayable if both encodings differ from `ids`.
+    `ids` are the token ids of the prompt in the run. A server must encode the request to the same ids. Two encodings
+    are tried here: without the keys, and with the keys. Raises NotSayable if both differ from `ids`.
     """
     asked = replace(row, messages=[*_read_back(request['messages']), _unknown()], tools=request.get('tools'))
     for thinks in (False, True):

@@ -305,9 +305,10 @@ class Checkpoints:
             trainer.accelerator.scaler.load_state_dict(tree['scaler'])
 
     def load_process(self, checkpoint: Path) -> None:
-        """Restore the state of this process: random generators, guard, logging, and whether an evaluation is repeated.
+        """Restore the state of this process: random generators, guard, logging and early stop.
 
-        Logs a warning if the number of processes or the device has changed.
+        Also restores `evaluation_pending`, which says whether an evaluation has to be repeated. Logs a warning if the
+        number of processes or the device has changed.
         """
         trainer = self.trainer
         states = load_tree(checkpoint / PROCESS_STATES)

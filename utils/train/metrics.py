@@ -48,10 +48,10 @@ def loss_metrics(sets: ValidationSets) -> Metrics:
     """Return a function for the trainer that computes `loss` and `acc` (token accuracy).
 
     Both are means over the trained tokens of all rows. If the sets have names, the means of each set are added, as
-    `<name>_loss` and `<name>_acc`.
+    `<set>_loss` and `<set>_acc`.
 
-    Its predictions (N, 3) are the summed loss, the hits and the trained tokens of each row. The first column of its
-    labels has the index of the row.
+    The returned function takes predictions of shape (N, 3). Each of the N rows has its summed loss, its hits (correctly
+    predicted tokens) and its trained tokens. The first column of the labels has the index of each row.
     """
     import numpy as np
 
@@ -83,9 +83,9 @@ class GenerationMetrics:
         self.held_out = held_out
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Return the mean scores by name: over all rows, and over each set (`<name>_rouge-l`).
+        """Return the mean of each score over all rows (`rouge-l`), and over the rows of each set (`<set>_rouge-l`).
 
-        The first column of the labels has the index of the row.
+        The first column of the labels has the index of each row.
         """
         import numpy as np
 

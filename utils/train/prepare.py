@@ -240,7 +240,10 @@ def _put_adapter(
         )
         packed = fuse_packed(prepared)
         if packed:
-            logger.info(f'tuner_backend = swift: {packed} packed layers save no weight for the backward pass')
+            logger.info(
+                f'tuner_backend = swift: {packed} packed layers unpack their weight again in the backward pass, which '
+                'needs less memory'
+            )
     logger.info('LoRA is on ' + ', '.join(f'{count} x {name}' for name, count in counts.items()))
     if places.parameters:
         _say_how_experts_are_served(places.parameters)

@@ -147,8 +147,9 @@ def token_tables(model: PreTrainedModel, ids: Sequence[int], copied: Collection[
             continue
         if module is head and head.bias is not None:
             raise ConfigError(
-                f'--new_tokens: the output head of {type(model).__name__} has a bias, which PEFT leaves out of trained '
-                f'rows. Add --lora_modules_to_save {HEAD}, which trains it whole.'
+                f'--new_tokens: the output head of {type(model).__name__} has a bias, but PEFT leaves out this bias if '
+                f'only the rows of the new tokens are trained. Add --lora_modules_to_save {HEAD}, which trains the '
+                'whole head.'
             )
         if module is embedding or not is_tied:
             found[path] = list(ids)
@@ -156,11 +157,11 @@ def token_tables(model: PreTrainedModel, ids: Sequence[int], copied: Collection[
 
 
 def check_tokens(model: Any, ids: Sequence[int]) -> None:
-    """Raise ConfigError unless both the input embedding and the output head train the rows of the new tokens `ids`."""
+    """Raise ConfigError if the input embedding or the output head does not train the rows of the new tokens `ids`."""
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     base = model.get_base_model()
-    for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+    for name, layer in (('embedding', base.get_input_embeddings()), ('output head', base.get_output_embeddings())):
         if isinstance(layer, ModulesToSaveWrapper):
             continue
         if isinstance(layer, TrainableTokensWrapper):
@@ -168,8 +169,8 @@ def check_tokens(model: Any, ids: Sequence[int]) -> None:
             if any(set(ids) <= set(rows) for rows in trained.values()):
                 continue
         raise ConfigError(
-            f'--new_tokens: PEFT does not train the rows of the new tokens in both embedding and output head of '
-            f'{type(base).__name__}. Add --lora_modules_to_save {EMBEDDING} {HEAD}, which trains both layers whole.'
+            f'--new_tokens: PEFT does not train the rows of the new tokens in the {name} of {type(base).__name__}. Add '
+            f'--lora_modules_to_save {EMBEDDING} {HEAD}, which trains the whole embedding and the whole output head.'
         )
 
 

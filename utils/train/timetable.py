@@ -16,9 +16,9 @@ MakeSchedule = Callable[[int], LambdaLR]
 class Segment:
     """A part of a run in which the learning-rate schedule advances at a constant pace.
 
-    The schedule was made for `steps` steps. The segment begins after `first` optimizer steps. At this point, the
-    schedule is at `position`, a step number that can be fractional. After `last` optimizer steps, the schedule is at
-    its last step.
+    The schedule was made for `steps` steps. `first` and `last` count the optimizer steps of the run. When `first` steps
+    are done, the segment begins, and the schedule is at `position`. `position` is a step of the schedule, and can be
+    fractional. When `last` steps are done, the schedule is at its last step.
 
     The run ends after step `end`. A step that fp16 skips counts for `end`, but is not an optimizer step.
     """

@@ -539,7 +539,8 @@ def clear_only_trained(model: torch.nn.Module) -> None:
 def _leaving_on_cpu(loader: Any) -> Any:
     """Make the loader of accelerate return its batches on the CPU, and return the loader.
 
-    On the CPU, batches can be counted and joined without waiting for the device. `_prepare_inputs` sends them to it.
+    On the CPU, batches can be counted and joined without waiting for the device. `_prepare_inputs` later moves the
+    batches to the device.
     """
     assert isinstance(loader, DataLoaderShard), 'only this class divides the batches before they are made'
     loader.device = None

@@ -94,9 +94,9 @@ def _schedule_settings(args: SftArguments) -> dict[str, float]:
 
 
 def dummy_optimizer(learning_rate: float) -> Any:
-    """Return an optimizer for a schedule whose learning rates are only read.
+    """Return an optimizer that trains nothing. It is only used to make a schedule and read its learning rates.
 
-    Making a schedule changes its optimizer, so the optimizer of the run cannot be used for it.
+    Making a schedule changes the optimizer, so the optimizer of the run must not be used for this.
     """
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
 
