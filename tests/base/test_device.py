@@ -305,6 +305,23 @@ def test_two_processes_use_the_backend_of_the_device(
     assert done.args.ddp_backend == backend
 
 
+@pytest.mark.parametrize(('kind', 'typed', 'workers'), [
+    ('cuda', None, 1), ('xpu', None, 1), ('npu', None, 1), ('mps', None, 0), ('cpu', None, 0), 
+    ('cpu', 2, 2), ('cuda', 0, 0),
+])  # fmt: skip
+def test_workers_prepare_batches_only_beside_a_gpu(
+    kind: str, typed: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from utils.cli.machine import _settle_workers
+    from utils.cli.resolution import Resolution
+
+    monkeypatch.setattr(dist, 'visible_kind', lambda: kind)
+    done = Resolution(args=SftArguments(dataloader_num_workers=typed), typed=frozenset())
+    _settle_workers(done)
+    assert done.args.dataloader_num_workers == workers
+    assert len(done.decisions) == (typed is None)
+
+
 def test_the_cpu_never_computes_unsaid_where_there_is_a_gpu(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -283,8 +283,10 @@ class SftArguments(CommonArguments):
         ['tensorboard'],
         'trackers that get the log lines: tensorboard, wandb, swanlab, mlflow, trackio, comet; none: no tracker',
     )
-    dataloader_num_workers: int = flag(
-        1, 'number of processes that prepare batches; 0: the training process prepares them'
+    dataloader_num_workers: int | None = flag(
+        None,
+        'number of processes that prepare batches; 0: the training process prepares them; None: 1 with a GPU, '
+        '0 without',
     )
     push_to_hub: bool = flag(False, 'push to the model hub during training')
     hub_model_id: str | None = flag(None, 'repository to push to: repo or user/repo; None: <model_type>-<sft_type>')

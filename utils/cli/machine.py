@@ -288,6 +288,7 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     done.warnings += variables_without_effect(args.report_to, os.environ)
 
     _settle_backend(done)
+    _settle_workers(done)
     _check_training_device(args, problems)
     if dist.visible_kind() != 'cuda':
         done.without_effect(('fused_rotary',), 'its kernel is for GPUs of NVIDIA and AMD')
@@ -313,6 +314,21 @@ def _settle_backend(done: Resolution[SftArguments]) -> None:
     elif dist.world_size() > 1 and backend != args.ddp_backend:
         shows = 'no GPU' if kind == 'cpu' else f'a device of kind {kind}'
         done.decide('ddp_backend', backend, f'this machine shows {shows}')
+
+
+def _settle_workers(done: Resolution[SftArguments]) -> None:
+    """Decide --dataloader_num_workers, if it was not typed.
+
+    On Linux a worker is a fork of the training process. Each page of memory that training changes after the fork is
+    copied, and the worker keeps the old page. Without a GPU this memory holds the model and its activations: in
+    training of SmolLM2-135M a worker kept 0.7 GiB, and steps took up to 12 % longer.
+    """
+    if done.args.dataloader_num_workers is not None:
+        return
+    if dist.visible_kind() in ('cpu', 'mps'):  # on a Mac a worker is a new process, which imports everything again
+        done.decide('dataloader_num_workers', 0, 'without a GPU of its own memory a worker costs more than it saves')
+    else:
+        done.decide('dataloader_num_workers', 1, 'a worker prepares batches while the GPU computes')
 
 
 def _check_device(done: Resolution[Any]) -> None:

@@ -82,11 +82,12 @@ def check_sft_numbers(done: Resolution[SftArguments]) -> None:
     _check_number(done, 'eval_batch_size', args.eval_batch_size is None or args.eval_batch_size >= 1, '1 or more')
 
     at_least_zero = (
-        'weight_decay', 'max_grad_norm', 'dataloader_num_workers', 'stream_val_rows', 'show_samples', 'report_samples',
-        'early_stop',
+        'weight_decay', 'max_grad_norm', 'stream_val_rows', 'show_samples', 'report_samples', 'early_stop',
     )  # fmt: skip
     for name in at_least_zero:
         _check_number(done, name, getattr(args, name) >= 0, '0 or more')
+    workers = args.dataloader_num_workers
+    _check_number(done, 'dataloader_num_workers', workers is None or workers >= 0, '0 or more')
     _check_number(done, 'lora_dropout_p', 0 <= args.lora_dropout_p < 1, 'a share from 0 to below 1')
 
     _check_optimisation(done)

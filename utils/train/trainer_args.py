@@ -66,7 +66,7 @@ def training_arguments(
         seed=args.seed + dist.rank(),
         data_seed=args.seed,
         train_sampling_strategy='sequential' if args.test_oom_error else 'random',
-        dataloader_num_workers=args.dataloader_num_workers,
+        dataloader_num_workers=args.dataloader_num_workers or 0,
         dataloader_pin_memory=device.pins_memory(),
         ddp_backend=args.ddp_backend if dist.world_size() > 1 else None,
         # A vision tower that is trained gets no gradient from a batch without images, and DDP must allow this.
