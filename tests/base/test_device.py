@@ -306,7 +306,7 @@ def test_two_processes_use_the_backend_of_the_device(
 
 
 @pytest.mark.parametrize(('kind', 'typed', 'workers'), [
-    ('cuda', None, 1), ('xpu', None, 1), ('npu', None, 1), ('mps', None, 0), ('cpu', None, 0), 
+    ('cuda', None, 1), ('xpu', None, 1), ('npu', None, 1), ('mps', None, 0), ('cpu', None, 0),
     ('cpu', 2, 2), ('cuda', 0, 0),
 ])  # fmt: skip
 def test_workers_prepare_batches_only_beside_a_gpu(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils.base import device, dist
 from utils.base.errors import ConfigError
+from utils.base.garbage import leave_imported_out
 from utils.base.logger import logger
 from utils.base.packages import leave_out
 from utils.cli.arguments import CommonArguments, SftArguments
@@ -44,9 +45,12 @@ def start_processes(backend: str, *, deepspeed: bool = False, deterministic: boo
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
     # oneDNN caches one kernel of about 0.5 MiB per shape, and padding-free batches almost never repeat a shape.
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')
+    is_first = 'torch' not in sys.modules
     import torch
     import transformers
 
+    if is_first:  # else the objects of an earlier run in this process would never be freed
+        leave_imported_out()
     if deterministic is not None:
         torch.use_deterministic_algorithms(deterministic)
         # Memory is always written before it is read here, so filling it first would only cost time.
