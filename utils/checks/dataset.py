@@ -101,7 +101,7 @@ class SeenRow(NamedTuple):
     """The facts about a row that `Seen` stores.
 
     `place` is the location of the row, and `use` is TRAIN, VAL or UNUSED. `can_copy` says whether a row with this
-    content is allowed in the file of --write_clean.
+    content can be written to the file of --write_clean.
     """
 
     place: str
@@ -201,7 +201,10 @@ def wrong_order(messages: Sequence[Message]) -> str | None:
 
 
 def _content(messages: Sequence[Message], row: Row) -> str:
-    """Return a text that is equal for rows with equal content. `messages` are all or some messages of the row."""
+    """Return the content of a row as text: `messages`, tools and images. Rows with the same content have the same text.
+
+    `messages` are all messages of the row, or all except the reply.
+    """
     has_images = bool(row.images) or any('</img>' in message['content'] for message in messages)
     content = [messages, row.tools, row.images, row.folder if has_images else None]
     has_numbers = bool(row.tools) or any('tool_calls' in message for message in messages)
@@ -321,8 +324,8 @@ class DataCheck:
 
         `facts` describes `row`, and `column` is the column of its reply.
 
-        If an equal earlier row is allowed in the file of --write_clean, returns the reason to leave `row` out of this
-        file. Otherwise returns None.
+        Returns the reason to leave `row` out of the file of --write_clean, or None. The reason is that the file already
+        gets an earlier row with the same content.
         """
         earlier = self.seen.find_earlier(_content(row.messages, row), facts)
         if earlier is None and row.is_text:

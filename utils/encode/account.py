@@ -152,7 +152,8 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 def _other_words(value: Any) -> Iterator[str]:
     """Yield the keys of a nested value, its numbers as strings, and the values of `type` and `required`.
 
-    A template can print these words. If a text of the row equals such a word, a search for the text can find the word.
+    A template can print these words. If a text of the row equals such a word, the search for the text may stop at the
+    printed word, which is a wrong position.
     """
     value = _parsed(value)
     if isinstance(value, Mapping):
@@ -308,8 +309,8 @@ def _of_side(raw: Mapping[str, Any], column: str, shape: Sequence[str], rounds: 
     """Yield the leaves of `column`, which has the prompt or the reply of the row.
 
     `shape` lists the columns of the row's format. The first of them has the prompt. `rounds` is the number of rounds in
-    the history, and each round has two turns. In the conversation, the history comes first, then the prompt, then the
-    reply.
+    the history. It decides the turn of a leaf: the history has the first 2 * rounds turns of the conversation, and the
+    prompt and then the reply follow.
     """
     value = raw[column]
     is_asked = column in _ASKED
@@ -397,8 +398,9 @@ class _Text:
     def buckets(self, start: int, end: int, length: int) -> dict[str, int]:
         """Return {bucket: number of characters} for a leaf (a text of the row) that is printed at start:end.
 
-        The buckets are cut, context and trained. `length` is the length of the leaf. If the printed text is longer or
-        shorter, for example because of JSON escapes, the counts are scaled so that their sum is `length`.
+        The possible buckets are 'cut', 'context' and 'trained'. `length` is the length of the leaf. If the printed
+        text is longer or shorter, for example because of JSON escapes, the counts are scaled so that their sum is
+        `length`.
         """
         found: dict[str, int] = {}
         position = start
@@ -420,8 +422,8 @@ class _Text:
     def buckets_of(self, written: str, shown: str, at: _Span) -> dict[str, int]:
         """Return {bucket: number of characters} for `written`, a text of the row that is printed at the span `at`.
 
-        `shown` is `written`, unchanged or without the whitespace around it. Whitespace that is missing in `shown` is
-        counted as trimmed.
+        `shown` is the part of `written` that is printed: all of it, or all except the whitespace around it. Whitespace
+        that is not printed counts as trimmed.
         """
         found = self.buckets(*at, len(shown))
         if len(shown) < len(written):
@@ -531,10 +533,11 @@ def _marker(number: int) -> str:
 
 
 def _move(places: list[_Place], number: int, spans: list[_Span], text: _Text) -> None:
-    """Store the first of these spans in places[number]. Without spans, the text of places[number] counts as not used.
+    """Store the first of `spans` in places[number]. Without spans, the text of places[number] counts as not used.
 
-    Equal names or ids share one list `spans`. Each call with such a list removes the span that it stores, so that the
-    next call stores the next span. The last span of a list is never removed.
+    `spans` are the positions at which the text is printed. Equal names or ids share one list of spans. Each call
+    removes the span that it stores from this list, so that the next call stores the next span. The last span stays in
+    the list, and all remaining calls store it.
     """
     leaf = places[number].leaf
     if not spans:

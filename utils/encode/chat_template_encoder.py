@@ -304,12 +304,13 @@ class AutoEncoder(Encoder):
         return None
 
     def _find_switch(self) -> tuple[Mapping[str, Any], bool]:
-        """Return (setting, opens). With the setting, a reply can begin with reasoning.
+        """Return (setting, opens). The setting lets replies begin with reasoning.
 
         Some generation prompts end in a closed think block, after which no reasoning can follow. Many of these
         templates have a variable that removes the block or leaves it open. The setting is this variable with its value,
-        for example {'enable_thinking': True}. It is empty if the template has no such variable, or if the user has set
-        one. `opens` says whether the generation prompt then ends in an open think block.
+        for example {'enable_thinking': True}. It is empty if the template has no such variable, or if the user has
+        already set such a variable. `opens` says whether a generation prompt with the setting ends in an open think
+        block.
         """
         mark = secrets.token_hex(8)
 
@@ -490,17 +491,18 @@ class AutoEncoder(Encoder):
     def _key_of(self, reply: Message, *, with_tools: bool) -> str | None:
         """Return the message key for the reasoning of a reply. Returns None if no probe found a key.
 
-        If the template prints no tool calls, the calls of a reply are written into its text. A reply with calls then
-        has the key of a reply without calls.
+        A template can have different keys for replies with and without tool calls. If the template prints no tool
+        calls, the calls are written into the content of the reply. Then the reply counts as a reply without calls.
         """
         return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
 
     def _key_in(self, row: Row) -> str | None:
         """Return the message key from which the template prints the reasoning of the row's last reply.
 
-        Some templates print reasoning only in some turns, so that no probe finds the key. For example, the template of
-        Kimi-K2-Thinking never prints the reasoning of the first reply. So without a known key, the row itself is
-        rendered with each possible key. Returns None if the template prints the reasoning with none of these keys.
+        Usually, probes (short chats) have found the key. But some templates print reasoning only in some turns. For
+        example, the template of Kimi-K2-Thinking never prints the reasoning of the first reply, so the probes find no
+        key. Then the row itself is rendered with each possible key. Returns None if no key makes the template print the
+        reasoning.
         """
         reply, with_tools = row.messages[-1], self._lists_tools(row)
         known = self._key_of(reply, with_tools=with_tools)
@@ -660,10 +662,11 @@ class AutoEncoder(Encoder):
         return full[at + len(anchor) :] if at >= 0 else None
 
     def _repeated(self, alone: str, follows: str) -> int:
-        """Return the length of the turn header at the end of `alone` that is repeated at the start of `follows`.
+        """Return the length of the turn header with which `alone` ends and `follows` begins, or 0 if there is none.
 
-        Returns 0 if no header is repeated. The template of Command R+ repeats the header, because it puts an
-        instruction before the header of the generation prompt.
+        Both texts follow the same text: `alone` in the prompt, and `follows` in the whole chat. Command R+ prints an
+        instruction before the header of the generation prompt, but not before the header of a reply. So `alone` is an
+        instruction and the header, and `follows` is the header and the reply.
         """
         headers = (match.start() for match in self.text.find_controls(alone))
         return next((len(alone) - at for at in headers if follows.startswith(alone[at:])), 0)
@@ -682,9 +685,10 @@ class AutoEncoder(Encoder):
         return common
 
     def _inside_block(self, prompt: str, follows: str, *, reasons: bool) -> str:
-        """Return `follows` as the continuation of a prompt that ends in an open think block.
+        """Return `follows`, changed so that it continues a prompt that ends in an open think block.
 
-        If the reply has reasoning, the result begins with the reasoning. Otherwise it begins with a closing tag.
+        `follows` is the text that the template prints after the prompt. If it begins with an opening tag, this tag is
+        removed. If it has no such tag, and the reply has no reasoning, the closing tag of the block is put before it.
         """
         own = _BEGINS_THINKING.match(follows)
         if own:
@@ -730,9 +734,10 @@ class AutoEncoder(Encoder):
         return at + len(content.strip()) if at >= 0 else 0
 
     def _split_end(self, end: str, frame: _Frame, *, is_call: bool) -> tuple[str, str, int | None]:
-        """Split `end`, the text after a reply. Returns (text before the end-of-turn token, this token, None).
+        """Split `end`, the text after a reply. Returns (text before the end-of-turn token, this token, id to add).
 
-        If the template prints no such token, returns (text after the reply, '', id of the end-of-turn token to add).
+        The id is None if the template prints an end-of-turn token. Otherwise the second value is '', and the id is that
+        of the end-of-turn token that must be added.
         """
         end_of_reply = self._end_of_reply(self.text.find_controls(frame.end))
         stops = {self.tokenizer.eos_token, *([] if end_of_reply is None else [end_of_reply[0]])}
@@ -818,9 +823,9 @@ class AutoEncoder(Encoder):
     def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
         """Return how many ids at the start of `whole` are the ids of the prompt. Returns 0 if this is not certain.
 
-        `whole` has the ids of the prompt and its reply, tokenised as one text. Tokenizers first split text at control
-        tokens. So a reply can change only the ids of the prompt's tail (the text from its last control token on).
-        `tails` is {tail: its ids without a reply}. If the tail has different ids in `whole`, 0 is returned.
+        `whole` has the ids of the prompt and its reply, tokenised as one text. The tail of a prompt is its text from
+        the last control token on. Tokenizers first split text at control tokens, so a reply can change only the ids of
+        the tail. `tails` is {tail: its ids without a reply}. The result is 0 if `whole` has other ids for the tail.
         """
         count, start = self.text.last_control(prompt)
         if count == 0:
@@ -938,8 +943,9 @@ class AutoEncoder(Encoder):
     def _turn_start(self, part: _Parts, index: int, first: int) -> int:
         """Return the position in the prompt at which the loss of an earlier turn begins.
 
-        Loss begins where the generation prompt of the turn ends. In an earlier turn, a template may leave out the last
-        part of the generation prompt, such as a think block. Then loss begins after the part that the template prints.
+        Loss begins where the generation prompt of the turn ends. In an earlier turn, a template may print only the
+        beginning of the generation prompt, for example without a think block. Then loss begins where this beginning
+        ends.
 
         `first` is the position of the content of the turn. Returns the length of the prompt if the position cannot be
         found.

@@ -112,8 +112,8 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
 def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
     """Return the row with its prompt split at the spans, so that each span becomes a separate item of `pieces`.
 
-    Before the call, the first item of `pieces` is the whole prompt. A span (start, end) counts characters of the
-    prompt, and covers an earlier reply that carries loss.
+    Before the call, the first item of `pieces` is the whole prompt. Each span covers an earlier reply that carries
+    loss. The span is (start, end) in characters of the prompt.
     """
     prompt, *others = row.pieces
     pieces: list[str] = []

@@ -27,12 +27,12 @@ def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
     """Return the row and its images. In the row, the text `stand_in` replaces each image tag of the user turns.
 
-    An image column has cells {bytes, path}. If no user turn has an image tag, the images of this column come before the
-    text of the first user turn. Raises RowRefused if an image cannot be used.
+    Images from cells {bytes, path} need no tags. If no user turn has an image tag, such images come before the text of
+    the first user turn. Raises RowRefused if an image cannot be used.
 
-    If `images` is None, the model has no vision tower. Then a row with a column of image paths raises RowRefused. A row
-    with cells {bytes, path} raises it only if a user turn has an image tag. Any other row is returned unchanged, with
-    an empty list.
+    If `images` is None, the model has no vision tower. Then a row with images raises RowRefused. But images from cells
+    {bytes, path} are ignored if no user turn has an image tag. A row that is not refused is returned unchanged, with an
+    empty list.
     """
     if images is None:
         if row.images and not is_untagged(row):

@@ -106,7 +106,10 @@ class Mode:
         return self.sharding.startswith('zero')
 
     def shards(self, *stages: str) -> int:
-        """Return into how many shards a tensor is divided: one per process if `sharding` is among `stages`, else 1."""
+        """Return the number of shards of a tensor.
+
+        It is the number of processes if self.sharding is one of `stages`, else 1.
+        """
         return self.processes if self.sharding in stages else 1
 
 

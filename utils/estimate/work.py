@@ -73,7 +73,10 @@ def plan_work(
 
 
 def _sets(plan: Plan) -> list[str]:
-    """Return a list of one line with the number of rows of each set of --val_dataset, or [] if there is no set."""
+    """Return [line]. The line has the number of rows of each validation set (see --val_dataset).
+
+    Returns [] if there is no validation set.
+    """
     sets = [f'{part.val_set} {part.uses.count(VAL)} rows' for part in plan.parts if part.val_set]
     return [f'validation sets: {", ".join(sets)}'] if sets else []
 

@@ -154,7 +154,7 @@ def _find_changes(
 
 
 def _adapted(model: Any) -> dict[str, _Layer]:
-    """Return {name of a weight: its LoRA layer}. The names are those that the class of the base model uses."""
+    """Return {name of a weight: its LoRA layer}. The names are those in the base model without an adapter."""
     from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
 
     config = model.peft_config[model.active_adapter].to_dict()
@@ -173,10 +173,11 @@ def _adapted(model: Any) -> dict[str, _Layer]:
 
 
 def _trained_whole(model: Any, checkpoint: Path) -> dict[str, _Whole]:
-    """Return {name: tensor} for the layers that were trained whole. The names are those in the class of the base model.
+    """Return {name: tensor} for the tensors of layers that were trained whole, without LoRA.
 
-    The values are read from the checkpoint, because PEFT rounds the tensors of `model` to the dtype of the model. Tied
-    layers share one tensor, which the checkpoint can have under the name of any of these layers.
+    The names are those in the base model without an adapter. The values are read from the checkpoint, because PEFT
+    rounds the tensors of `model` to the dtype of the model. Tied layers share one tensor, which the checkpoint can have
+    under the name of any of these layers.
     """
     from peft.utils.other import ModulesToSaveWrapper
 

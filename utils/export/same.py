@@ -52,7 +52,10 @@ class Comparison:
 
 
 def carried_files(folder: Path) -> list[str]:
-    """Return the names of the files in a folder that merging copies from the base, except the weights."""
+    """Return the names of the files in `folder` that belong to the model, without weights and code.
+
+    Merging copies these files from the base model.
+    """
     top = [path for path in folder.iterdir() if path.is_file()]
     further = folder.glob('additional_chat_templates/*.jinja')
     return sorted(
@@ -65,9 +68,9 @@ def carried_files(folder: Path) -> list[str]:
 
 
 def file_changes(merged: Path, base: Path) -> dict[str, str | None]:
-    """Return {name: sha256} for each file of `merged` that differs from the file of `base`.
+    """Return {name: sha256 of the file in `merged`} for each file that differs between the two folders.
 
-    Only the files that `carried_files` returns are compared. The value is None if only the base has the file.
+    Only the files that `carried_files` returns are compared. If only `base` has a file, its value is None.
     """
     hashes = [{name: sha256_of(folder / name) for name in carried_files(folder)} for folder in (merged, base)]
     return {
@@ -80,8 +83,8 @@ def file_changes(merged: Path, base: Path) -> dict[str, str | None]:
 def compare(merged: Path, base: Path) -> Comparison:
     """Compare two folders: all tensors, and the files that `carried_files` returns. Returns the Comparison.
 
-    A change does not count as a difference if merge.json of the merged folder lists its sha256. Raises ConfigError if a
-    folder cannot be read.
+    A changed tensor or file is not a difference if merge.json in `merged` lists the sha256 of its new content. Raises
+    ConfigError if a folder cannot be read.
     """
     stated: Mapping[str, Any] = {'tensors': {}, 'files': {}}
     if (merged / MERGE_JSON).is_file():

@@ -43,11 +43,11 @@ _PREFIX = 'rows_over_'
 
 
 def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the keyword arguments besides input_ids for a forward pass of concatenated rows with ids (1, T).
+    """Return the keyword arguments besides input_ids for a forward pass over concatenated rows with ids (1, T).
 
-    For the attention of this module, the only argument is an attention mask of ones. The attention ignores this mask.
-    Without a mask, transformers would search position_ids for the starts of rows, and the CPU would wait for the
-    device. The package flash-attn needs the result of this search. So {} is returned for this package.
+    For the attention of this module, returns {'attention_mask': tensor of ones}. The attention ignores the mask. But
+    without a mask, transformers would search position_ids for the starts of rows, and the CPU would wait for the
+    device. For the package flash-attn, returns {}, because flash-attn needs the row starts that this search finds.
     """
     uses_rows = model.config._attn_implementation.startswith(_PREFIX)
     return {'attention_mask': torch.ones_like(ids)} if uses_rows else {}
@@ -181,7 +181,7 @@ class Inputs(NamedTuple):
 
 @lru_cache(maxsize=256)
 def kernel_for(case: AttentionCase, device: torch.device) -> Kernel:
-    """Return the best kernel for a case. All kernels except the last of `candidates(case)` must pass a trial.
+    """Return the first kernel of `candidates(case)` that passes a trial. The last candidate needs no trial.
 
     A trial compares output and gradients on small inputs with those of `RowAttention` in fp32. Each kernel is tried
     once per case, on `device`. If a kernel fails its trial or raises an error, the log says so and the next kernel is
@@ -410,10 +410,11 @@ def _weights(
     block: Block,
     settings: tuple[RowMask, float, float | None],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the attention weights of a block, (G, R * Q, K), and the derivative of the score cap.
+    """Return (attention weights, derivative) of a block, both (G, R * Q, K).
 
-    The derivative has the shape of the weights. It is None if scores are not capped. `settings` are the rows, the
-    factor by which scores are multiplied, and the score cap or None.
+    The derivative is that of the capped scores with respect to the scores before the cap. It is None if scores are not
+    capped. `settings` are the rows, the factor by which scores are multiplied, and the limit at which scores are capped
+    (None: no limit).
     """
     first_key, start, end = block
     rows, scaling, softcap = settings

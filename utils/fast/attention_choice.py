@@ -65,9 +65,9 @@ def repeats_keys(case: AttentionCase, *, masked: bool) -> bool:
 
     Only the kernel named `groups` needs to know this. `masked` says whether torch's attention gets a mask.
 
-    On an NVIDIA GPU, only torch's flash kernel shares a key head between query heads efficiently. Where this kernel
-    cannot run, torch would choose its slowest kernel for shared heads, which keeps all scores of a row in fp32. So the
-    key heads are copied there.
+    On an NVIDIA GPU, only torch's flash kernel shares a key head between query heads efficiently. If the flash kernel
+    cannot run, torch computes shared heads with its slowest kernel, which keeps all scores of a row in fp32. Copied key
+    heads avoid this kernel.
     """
     if case.kind != 'cuda' or case.heads == case.key_heads:
         return False

@@ -1,7 +1,7 @@
-"""Gives the weights of frozen linear layers, so that backward passes need no stored copy of an unpacked weight.
+"""Unpacks the weights of frozen linear layers in the backward pass, so that no unpacked weights are stored for it.
 
 A packed layer holds a quantised weight. gptqmodel keeps the unpacked weight of each such layer in memory until the
-backward pass, which takes as much memory as an unpacked model. Here the backward pass unpacks the weight again.
+backward pass. These weights take as much memory as an unpacked model. Here the backward pass unpacks each weight again.
 
 Shapes in names: I input features, O output features.
 """
@@ -59,7 +59,7 @@ def path_of(layer: nn.Module) -> str:
 
 
 def find_weight(layer: nn.Module) -> WeightOf | None:
-    """Return a function that gives the weight of a layer. Returns None if the class of the layer is not known."""
+    """Return a function that returns the unpacked weight of a layer, or None if the class of the layer is not known."""
     return _FUNCTIONS.get(path_of(layer))
 
 

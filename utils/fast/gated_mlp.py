@@ -70,8 +70,8 @@ class _FusedGate(nn.Module):
 def fuse_gates(model: nn.Module) -> int:
     """Replace the forward of a model's gated MLPs by the fused forward, and return the number of replaced MLPs.
 
-    An MLP is fused only if it passes a test. In this test, a copy of the MLP gets small layers. Its own forward and the
-    fused forward must give bitwise the same output.
+    An MLP is fused only if it passes a test. The test replaces the linear layers in a copy of the MLP by small ones.
+    The original forward of this copy and the fused forward must give bitwise the same output.
     """
     fused = 0
     for block in list(model.modules()):

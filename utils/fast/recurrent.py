@@ -46,9 +46,9 @@ def keep_rows_apart(model: Any, *, flash_package: bool) -> int:
     """Make the recurrent layers of a model keep concatenated rows apart. Returns the number of such layers.
 
     Inside the context `concatenated_rows`, the decoder then passes a RowMask to its layers in place of the mask tensor.
-    The RowMask is passed as an argument, because gradient checkpointing calls a layer again outside of the context,
-    with the same arguments. With `flash_package`, attention layers get no mask, because the package flash-attn finds
-    the rows from position_ids.
+    The layers do not read the RowMask from the context, because gradient checkpointing calls a layer a second time,
+    after the context has ended. The second call has the same arguments. With `flash_package`, attention layers get no
+    mask, because the package flash-attn finds the rows from position_ids.
     """
     layers = [m for m in model.modules() if type(m).__name__.endswith(_NAMES)]
     changed = [layer for layer in layers if not isinstance(layer, _RowsApart)]

@@ -1,4 +1,4 @@
-"""Rotates queries and keys by their positions in one pass (rotary embedding), where a Triton kernel passes its trial.
+"""Applies rotary embedding to queries and keys in one pass, with a Triton kernel that must first pass a trial.
 
 The forward of an attention class of transformers calls the function `apply_rotary_pos_emb` of its module. A fused layer
 runs a copy of this forward, in which the name `apply_rotary_pos_emb` stands for a function that uses the kernel. The
@@ -32,7 +32,7 @@ class _FusedRotary(nn.Module):
 def fuse_rotary(model: nn.Module) -> int:
     """Replace the forward of a model's attention layers, and return the number of replaced layers.
 
-    The new forward uses the kernel for rotary embedding where the kernel can run. A layer gets it only if
+    The new forward uses the kernel for rotary embedding if the kernel can run. A layer gets the new forward only if
     `apply_rotary_pos_emb` of its module gives bitwise the same results as the function of Llama on test inputs.
     """
     fused = 0
@@ -104,7 +104,7 @@ def _rotated(x_BHTD: torch.Tensor, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor)
 def rotation_over(plain: Rotation) -> Rotation:
     """Return a replacement for `plain`, the rotation function of an attention class.
 
-    The replacement calls the kernel where the kernel can be used, and `plain` elsewhere.
+    The replacement calls the kernel if the kernel can be used for the inputs. Otherwise it calls `plain`.
     """
 
     def rotate(

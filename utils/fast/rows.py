@@ -82,9 +82,9 @@ class RowMask:
     def group_indices(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Return the indices that turn the batch into padded groups of rows, and the indices that reverse this.
 
-        The first value is a list with a tensor (B, L) for each group. An entry says where in the batch a token of the
-        group stands. For padding, it is the position of the first token of the row. The second value is a tensor (T).
-        It says where each token of the batch stands after all groups are flattened and joined.
+        The first value has an index tensor (B, L) for each group, so that batch[index] is the padded group. At padding,
+        the index is the position of the first token of the row. The second value is an index tensor (T). If all groups
+        are flattened and joined, joined[index] is the batch again.
         """
 
         def make() -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -135,7 +135,7 @@ class RowMask:
         yield group
 
 
-# The rows of the batch that is computed now, without a window.
+# The rows of the batch that is computed now, as a RowMask whose `window` is None.
 _ROWS: ContextVar[RowMask | None] = ContextVar('rows', default=None)
 
 
@@ -153,5 +153,8 @@ def concatenated_rows(lengths: Sequence[int], cu_seqlens: torch.Tensor | None = 
 
 
 def rows_of_batch() -> RowMask | None:
-    """Return the rows of the context `concatenated_rows`, without a window. Returns None outside of the context."""
+    """Return the rows of the context `concatenated_rows`, as a RowMask whose `window` is None.
+
+    Returns None outside of the context.
+    """
     return _ROWS.get()

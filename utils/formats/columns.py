@@ -446,7 +446,7 @@ def _row(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, *co
 
 
 def _chat(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, column: str) -> Row:
-    """Return the Row of a chat. Every reply of a chat carries loss, unless --loss_scope is typed."""
+    """Return the Row of a chat. Every reply of a chat carries loss unless the user gives --loss_scope."""
     made = _row(row, messages, remarks, column)
     made.loss_scope = 'all_rounds'
     return made

@@ -1,7 +1,7 @@
 """Converters from the rows of registered data sets to query/response rows.
 
-A converter drops a row that is broken, and skips a row that is valid but not wanted. Neither row is trained on.
-Converters are pure functions. They never execute anything in a row.
+A converter drops a broken row by returning None. It skips a valid row that is not wanted by raising Unwanted. Neither
+row is trained on. Converters are pure functions. They never execute anything in a row.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def alpaca(
 def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
     """Return a converter that keeps only rows whose kind is in `kinds`. `column` contains the kind of a row.
 
-    A row of another kind is valid and is skipped. A row without a kind is broken and is dropped.
+    The converter raises Unwanted for a row of another kind. It returns None for a row without a kind, which is broken.
     """
     wanted = frozenset(kinds)
 
@@ -93,7 +93,7 @@ def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
 def without_history(column: str, to_row: ToRow) -> ToRow:
     """Return a converter that keeps only rows with an empty history.
 
-    A row with a history is valid and is skipped. A row whose history cannot be read is broken and is dropped.
+    The converter raises Unwanted for a row with a history. It returns None for a row whose history cannot be read.
     """
 
     def without(row: SourceRow) -> PlainRow | None:

@@ -136,9 +136,10 @@ def _condition(rng: random.Random, unseen: bool, column: str) -> tuple[str, str]
 def is_right(row: dict[str, str], answer: str) -> bool:
     """Return whether the SQL of the answer selects the same records as the reference SQL, row['response'].
 
-    Both are run several times on the table of the row, each time with different random records. Many numbers and texts
-    in these records equal a constant of the reference SQL or are close to it. So a wrong column, constant or comparison
-    changes the result. The order of the selected records matters only if the reference SQL sorts.
+    Both are run several times on the table that row['query'] creates, each time with different random records. Many
+    numbers and texts in these records equal a constant of the reference SQL or are close to it. So a wrong column,
+    constant or comparison changes the result. The order of the selected records matters only if the reference SQL
+    sorts.
 
     If the answer has a fenced code block, only this block is used. The SQL ends at the first semicolon. The answer is
     wrong if a second statement follows the semicolon. Any other text after the semicolon is ignored. An answer that is
@@ -166,9 +167,9 @@ def _statement(answer: str) -> str:
 
 
 def _fill(row: dict[str, str], seed: int) -> tuple[str, list[tuple[str | float, ...]]]:
-    """Return the CREATE TABLE statement of a row, and random records for the table.
+    """Return the CREATE TABLE statement in row['query'], and random records for this table.
 
-    The records depend only on the row and the seed.
+    The records depend only on `row` and `seed`.
     """
     match = re.search(r'CREATE TABLE \w+ \((.*)\);', row['query'])
     if match is None:
@@ -214,7 +215,7 @@ def _allow(action: int, name: str | None, *_: str | None) -> int:
 
 
 def _run(row: dict[str, str], sql: str, seed: int, with_order: bool) -> list[tuple[object, ...]] | None:
-    """Return the records that the SQL selects from the table of the row. Returns None if the SQL fails.
+    """Return the records that `sql` selects from the table that row['query'] creates. Returns None if `sql` fails.
 
     If `with_order` is True, the records have the order that the SQL gives them. Otherwise they are sorted. `seed` is
     the seed of the random records in the table.

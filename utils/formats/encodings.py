@@ -33,7 +33,7 @@ def _share(data: bytes, encoding: str, is_usual: Callable[[str, bytes], bool]) -
 
 
 def _western(data: bytes) -> float:
-    """Return the share of bytes above 0x7F that are punctuation or single accented letters.
+    """Return the share of bytes above 0x7F that are punctuation, or accented letters without another one beside them.
 
     Western texts have a high share, because few Western words have two accented letters side by side.
     """

@@ -54,7 +54,7 @@ class HubFiles:
     """A data set on a hub, named as [hf:|ms:]owner/name[:subset][:split][@revision].
 
     `word` is this name as typed after --dataset. `chosen_hub` is None if `word` has no prefix. `part` is the first word
-    after the id. It names a subset, a split of the only or default subset, or a file.
+    after the id. It names a subset, a file, or a split of the subset that is used if no subset is named.
     """
 
     word: str
@@ -216,7 +216,7 @@ class HubFiles:
             )
 
     def _typed(self, *parts: str) -> str:
-        """Return the text for --dataset that names other parts of this data set.
+        """Return the value of --dataset for these parts of this data set.
 
         `parts` are a subset and, optionally, a split. The hub, the id and the revision stay as the user typed them.
         """

@@ -56,7 +56,8 @@ def _spellings(split: str) -> tuple[str, ...]:
 def _holds(name: str, word: str) -> bool:
     """Return whether a path contains a word between separators.
 
-    For example, 'data/common_en_70k.jsonl' contains 'common-en'.
+    All characters except letters and digits are separators, and all separators are equal. For example,
+    'data/common_en_70k.jsonl' contains 'common-en'.
     """
     return f'-{_plain(word)}-' in f'-{_plain(name)}-'
 

@@ -56,11 +56,11 @@ class ImageFiles(list[str]):
 
 
 def with_image_files(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the row with a column `images` that has the paths of its images.
+    """Return the row with its images replaced by their paths, in the column `images`.
 
-    The column with the images is `images` or `image`. Its cells are {bytes, path} or lists of such cells. The bytes are
-    written to files in the cache. A row without such a column is returned unchanged. Raises BadRow if a cell cannot be
-    used.
+    The images are read from the column `images` or `image`, where a cell is an object {bytes, path} or a list of such
+    objects. Bytes are written to files in the cache. A row without such a cell is returned unchanged. Raises BadRow if
+    an image cannot be used.
     """
     for column in ('images', 'image'):
         cells = row.get(column)

@@ -78,7 +78,10 @@ class JsonParser:
         return self._decoder.raw_decode(text, position)
 
     def row(self, value: Any) -> Any:
-        """Return the value and clear `repeated`. If `repeated` had keys, a dict becomes a RowWithRepeatedKeys."""
+        """Return `value`, and clear `repeated`.
+
+        If `value` is a dict and `repeated` has keys, returns a RowWithRepeatedKeys with both.
+        """
         if self.repeated and isinstance(value, dict):
             value = RowWithRepeatedKeys(value, self.repeated)
         self.repeated.clear()

@@ -30,9 +30,9 @@ def messages_form(row: Row, folder: Path, *, marks_loss: bool, sees_images: bool
     The result has the conversation, tools and images of the converted row. Relative paths of images start in `folder`.
     Unused columns and keys of messages are copied.
 
-    In a row with `messages`, every reply carries loss unless it is marked. So if only the last reply of the source row
-    carries loss, `marks_loss` marks the earlier replies with `"loss": false`. If `sees_images` is False, the model uses
-    no images, and an image column is not copied.
+    By default, every reply in `messages` carries loss. But in some source rows, only the last reply carries loss. If
+    `marks_loss` is True, the earlier replies of such a row get `"loss": false`. `sees_images` says whether the model
+    uses images. If it does not, an image column is not copied.
     """
     made = MessagesForm(row={})
     made.not_copied += [name for name in row.unused if not name.startswith((_COLUMN, _KEY))]
@@ -138,7 +138,7 @@ def _names(unused: tuple[str, ...], start: str) -> list[str]:
 
 
 def _text_of(value: Any) -> str:
-    """Return a value that JSON cannot represent, such as a date, as text. Raises TypeError for bytes."""
+    """Return the text of a value that JSON cannot represent, such as a date. Raises TypeError for bytes."""
     if isinstance(value, bytes | bytearray):
         raise TypeError('bytes are not text')
     return str(value)

@@ -41,8 +41,8 @@ class Reading:
             if new in sources:
                 raise ConfigError(
                     f"{location}: --columns gives the columns {sources[new]} and {name} the same name '{new}'. To drop "
-                    f"the column that has this name in the file, add '{new}=' to --columns. To keep that column, "
-                    f"remove the word that ends in '={new}' from --columns."
+                    f"the file's own column '{new}', add '{new}=' to --columns. To keep it, remove the word that ends "
+                    f"in '={new}' from --columns."
                 )
             made[new] = value
             sources[new] = name

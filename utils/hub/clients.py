@@ -112,7 +112,10 @@ class ModelScope:
             return Path(self._api.downloader.download_repo(repo.id, kind, revision=repo.revision, file_list=listed))
 
     def cached(self, repo: Repo, kind: Kind) -> Path:
-        """Return the folder to which the package of the hub downloads a repository. The folder may not exist yet."""
+        """Return the folder to which the Python package of the hub downloads a repository.
+
+        The folder may not exist yet.
+        """
         from modelscope_hub.errors import CacheNotFound
 
         manager = self._api.downloader

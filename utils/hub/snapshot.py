@@ -110,9 +110,9 @@ class Snapshot:
     def to_fetch(self, names: Sequence[str]) -> list[str]:
         """Return the names of the files that `fetch` would request from the hub.
 
-        If a file has changed on the hub, or if one of `names` was never verified, all `names` are returned, so that the
-        package of the hub verifies all these files. Otherwise, or without network, only the files that are missing or
-        have a wrong size are returned.
+        Returns all `names` if a file has changed on the hub, or if one of `names` was never verified. The Python
+        package of the hub then verifies all of them. In any other case, and always if the hub cannot be reached,
+        returns only the files that are missing or have a wrong size.
         """
         recorded, verified = _read_record(_record_file(self.repo, self.kind))
         if self.online and not (recorded.files == self.files and verified >= set(names)):

@@ -17,9 +17,9 @@ _OF_ADAPTER = ('.lora_', '.modules_to_save.')
 
 
 def tensors_of_class(model: Any) -> dict[str, Any]:
-    """Return a dict from name to tensor for the parameters and buffers that the class of the model stores.
+    """Return the tensors of the model's state dict by name, without the tensors of an adapter on the model.
 
-    The tensors of an adapter on the model are left out, and the names are those without an adapter.
+    A name is the name that the tensor has if the model has no adapter.
     """
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -135,9 +135,10 @@ def taken_for_experts(model: PreTrainedModel, names: Counter[str]) -> set[str]:
 
 
 def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
-    """Return the layer names `wanted` without duplicates. Names of a model's own code of 2023 become native names.
+    """Return the layer names `wanted` without duplicates. Old names are replaced by the names in transformers.
 
-    For example, c_attn becomes q_proj, k_proj and v_proj. `names` are the names of the model's layers.
+    An old name is a name in the Python code that was published with a model in 2023. For example, c_attn becomes
+    q_proj, k_proj and v_proj. `names` are the names of the model's layers.
     """
     native: list[str] = []
 
@@ -187,10 +188,10 @@ def choose_layers(
 
 
 def _shortened(paths: Sequence[str], names: Counter[str]) -> list[str]:
-    """Return a shorter list that selects the same layers as `paths`.
+    """Return a shorter list of layer names and paths that selects the same layers as `paths`.
 
-    If all layers of the model with the same last name are in `paths`, their paths are replaced by this last name.
-    `names` counts all layers of the model by their last name.
+    If `paths` contains every layer of the model with the same name (e.g. q_proj), these paths are replaced by the name.
+    `names` counts all layers of the model by name.
     """
     counts = Counter(map(last_name, paths))
     whole = [name for name, count in counts.items() if count == names[name]]

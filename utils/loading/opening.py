@@ -57,8 +57,8 @@ def language_name(name: str) -> str:
 def get_model_tokenizer_default(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
     """Return the model and the tokenizer of a folder, both in native classes.
 
-    The folder has the layout of transformers, or the layout of the model's own code of 2023. Code in the folder is
-    never run.
+    The folder has the layout of transformers, or the layout of the Python code that was published with the model in
+    2023. Code in the folder is never run.
     """
     return read_model(model_dir, info, options), read_tokenizer(model_dir, info)
 

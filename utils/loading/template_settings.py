@@ -131,7 +131,10 @@ def _constant(line: str) -> tuple[Any] | None:
 
 
 def add_settings(source: str, settings: Mapping[str, Any]) -> str:
-    """Return the template with a line for each setting before it. An existing line with the same name is replaced."""
+    """Return the template with one line for each setting at its beginning.
+
+    If the template already begins with a line that sets the same name, this line is replaced.
+    """
     lines, rest = _split_lines(source)
     kept = {name for name, _, _ in lines}
     written = [

@@ -88,7 +88,7 @@ class _Reader:
         self.found: set[str] = set()
 
     def read_body(self, body: Iterable[nodes.Node], known: frozenset[str]) -> frozenset[str]:
-        """Read statements that share a scope. Returns `known` and the names that they set on every path."""
+        """Read statements that share a scope. Returns `known`, plus each name that is set whichever branch is taken."""
         from jinja2 import nodes
 
         macros = []

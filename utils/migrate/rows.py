@@ -23,7 +23,10 @@ class Rows:
     columns: dict[str, str] = field(default_factory=dict)
 
     def rename(self, t: Translation, key: str, names: Mapping[str, str]) -> None:
-        """Add columns to rename, as {name in the file: new name}. Two new names for one column are a problem."""
+        """Record which columns --columns must rename. `names` is {name in the file: new name}.
+
+        A second, different new name for the same column is a problem.
+        """
         for column, meaning in names.items():
             if column == meaning:
                 continue
@@ -35,7 +38,7 @@ class Rows:
                 )
 
     def chat(self, t: Translation, key: str, column: str, role_key: str, content_key: str) -> None:
-        """Add a column of conversations. `role_key` and `content_key` are two keys of each message.
+        """Record that `column` has conversations. `role_key` and `content_key` are two keys of each message.
 
         `role_key` must be 'role' or 'from', and `content_key` must be 'content' or 'value'. Any other key is a problem.
         """
@@ -49,7 +52,7 @@ class Rows:
             self.rename(t, key, {column: 'messages'})
 
     def text(self, t: Translation, key: str, column: str) -> None:
-        """Add a column of plain text. Training uses every token of the text."""
+        """Record that `column` has plain text. Training uses every token of the text."""
         t.note('different', key, 'rows with a column text are trained on every token, and the end of text is added')
         self.rename(t, key, {column: 'text'})
 

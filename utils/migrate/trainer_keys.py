@@ -305,8 +305,9 @@ def _use_steps(t: Translation, flag: str, default: Any) -> None:
 
 
 def run_share(times: float) -> float:
-    """Return the distance between two events as a share of the run, if the run has `times` events.
+    """Return the value of --eval_steps or --save_steps for `times` evaluations or checkpoints in the whole run.
 
-    For one event, the share is slightly below 1, because --save_steps 1 means one step, not the whole run.
+    A value below 1 is a share of the run, and 1 means every step. So for one evaluation or checkpoint, the value is
+    slightly below 1.
     """
     return _WHOLE_RUN if times <= 1 else round(1 / times, 6)

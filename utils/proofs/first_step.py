@@ -203,9 +203,11 @@ class FirstStepGate(TrainerCallback):
     def _try_joined(self, tokens: int, heaviest_tokens: int) -> tuple[int, str | None]:
         """Try a joined batch of at most `tokens` tokens that needs as much memory as possible.
 
-        It has the longest rows, and every token carries loss. Returns (the number of its tokens, the memory error or
-        None). `heaviest_tokens` is the number of tokens of the heaviest batch, which was already tried. If the joined
-        batch is not larger, nothing is tried and (`heaviest_tokens`, None) is returned.
+        The joined batch has the longest rows, and every token carries loss. Returns (the number of its tokens, the
+        memory error or None).
+
+        `heaviest_tokens` is the number of tokens of the heaviest batch, which was already tried. A joined batch with no
+        more tokens than that is not tried. Then (`heaviest_tokens`, None) is returned.
         """
         trainer = self.trainer
         assert trainer.order is not None, 'checked by the caller'
@@ -284,10 +286,10 @@ class FirstStepGate(TrainerCallback):
         )
 
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
-        """Return a list of (flag that saves memory, the heaviest batch under this flag).
+        """Return a list of (flag that would save memory, heaviest batch of a run with this flag).
 
-        `rows` is the heaviest batch now, and `tokens` the length of its longest row. --gradient_checkpointing does not
-        change the batch, so its entry has the object `rows` itself.
+        `rows` is the heaviest batch of the present run, and `tokens` the length of its longest row. The flag
+        --gradient_checkpointing does not change the batch, so the batch beside this flag is the object `rows` itself.
         """
         lighter: list[tuple[str, Rows]] = []
         if half := len(rows) // 2:

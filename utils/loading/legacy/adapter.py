@@ -1,4 +1,7 @@
-"""Converts LoRA adapters that were trained with a model's own code of 2023 to adapters for the native class."""
+"""Converts LoRA adapters of 2023 to adapters for the native class.
+
+The old adapters were trained with the Python code that was published with the model.
+"""
 
 from __future__ import annotations
 

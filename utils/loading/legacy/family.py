@@ -72,8 +72,8 @@ def is_computed(key: str) -> bool:
 def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> State:
     """Call `rename(key, tensor)` for each tensor of `state`, and return all results in one dict.
 
-    Tables that native classes compute (see `is_computed`) are left out. Raises ConfigError if two results contain the
-    same name.
+    Tensors that native classes compute themselves (see `is_computed`) are left out. Raises ConfigError if two results
+    contain the same name.
     """
     mapped: State = {}
 
@@ -92,9 +92,9 @@ def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> S
 
 
 def same_tensors(state: State, original: Config) -> State:
-    """Return the tensors without the tables that native classes compute (see `is_computed`).
+    """Return `state` without the tensors that native classes compute themselves (see `is_computed`).
 
-    The names are already the native names.
+    The tensors in `state` already have their native names.
     """
     return map_each(state, lambda key, tensor: {key: tensor})
 

@@ -68,9 +68,9 @@ def find_family(config: Mapping[str, Any], name: str | None = None) -> Family | 
 
 
 def find_saved(config: Mapping[str, Any]) -> Family | None:
-    """Return the family whose class in this project saved this config.json.
+    """Return the family of a config.json that one of this project's own model classes saved.
 
-    Returns None if no class of this project saved it.
+    Returns None if the config.json was saved by any other class.
     """
     for family in FAMILIES.values():
         same_type = family.saved_model_type is not None and family.saved_model_type == config.get('model_type')

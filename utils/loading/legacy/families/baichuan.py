@@ -130,7 +130,10 @@ class NormalisedRows(LazyMatrix):
 
 
 def with_normalised_head(native: State) -> State:
-    """Return the native tensors with a lazy output head, in which each row is divided by its Euclidean norm."""
+    """Return the native tensors with each row of the output head divided by its Euclidean norm.
+
+    The division is done only when the rows are loaded.
+    """
     head = native.get('lm_head.weight')
     if head is None or head.dim() != 2:  # The loader reports such a head as missing or mismatched.
         return native
