@@ -255,7 +255,7 @@ RULES = {
         '--streaming',
         'true',
     ): 'but --streaming true does not know this number. Give every data set a share',
-    ('A', '--val_dataset', 'C%0.7'): 'a share (%) is for training rows. Write ',
+    ('A', '--val_dataset', 'C%0.7'): 'a share (the number after %) is possible only in --dataset. Write ',
 }
 
 

@@ -134,10 +134,10 @@ def test_a_checkpoint_that_is_not_whole_is_skipped(killed: Path, whole: Path, ag
     file.write_bytes(file.read_bytes()[:-1] + b'\x00\x00')
     log = again()
     assert (
-        f'{killed / "checkpoint-3"} cannot be resumed from: it has no manifest.json, which is written last: it is '
+        f'{killed / "checkpoint-3"} cannot be used, because it has no manifest.json, which is written last: it is '
         'incomplete: it is skipped.'
     ) in log
-    assert f'{killed / "checkpoint-2"} cannot be resumed from: adapter_model.safetensors has ' in log
+    assert f'{killed / "checkpoint-2"} cannot be used, because adapter_model.safetensors has ' in log
     assert f'resume_from_checkpoint = None because no run in {killed.parent} fits this command: a new run starts' in log
 
 

@@ -132,7 +132,7 @@ def test_a_flipped_byte_is_refused_by_name(run_sft: Run, problems: Problems) -> 
         (checkpoint / name).write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
         run_sft('--max_steps', '8', '--resume_from_checkpoint', str(checkpoint), expect=2)
         assert problems()[-1] == (
-            f'--resume_from_checkpoint {checkpoint} cannot be resumed from: {name} is corrupted: its bytes are not '
+            f'--resume_from_checkpoint {checkpoint} cannot be used, because {name} is corrupted: its bytes are not '
             f'those that were written (sha256 differs). Use {run / "checkpoint-3"}, which is intact.'
         )
         (checkpoint / name).write_bytes(whole)
@@ -233,8 +233,8 @@ def test_a_full_disk_loses_nothing_older(model_dir: Path, data_file: Path, tmp_p
     assert len(re.findall(r'(?<!I/O )error: ', done.stderr)) == 1
     assert re.search(
         rf'{run}/checkpoint-6 could not be written: .*File too large.*No older checkpoint was changed\. The last '
-        rf'complete checkpoint is {run}/checkpoint-3\. .* GiB are free there\. Free disk space, then use '
-        rf'--resume_from_checkpoint {run}/checkpoint-3$',
+        rf'complete checkpoint is {run}/checkpoint-3\. The disk has .* GiB free\. Delete files to make room, then '
+        rf'use --resume_from_checkpoint {run}/checkpoint-3$',
         done.stderr,
         flags=re.MULTILINE,
     )

@@ -65,7 +65,7 @@ def test_a_pattern_of_names_that_peft_puts_on_experts_skips_them(caplog: pytest.
     model = make_modern('qwen3-next-80b-a3b-instruct')
     modules, experts = find_targets(model, [r're:.*(q|gate)_proj'])
     assert (modules, experts) == (['q_proj'], [])
-    assert 'leaves out the linear layers down_proj, gate_proj, up_proj' in caplog.text
+    assert 'puts no LoRA on the linear layers down_proj, gate_proj, up_proj' in caplog.text
 
 
 def test_a_pattern_for_a_frozen_tower_names_the_flag() -> None:

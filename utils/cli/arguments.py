@@ -128,8 +128,8 @@ class CommonArguments:
         """Return whether this command reads a data set."""
         return True
 
-    def words_read(self) -> tuple[list[str], list[str]]:
-        """Return (words of --dataset, words of --val_dataset) whose rows this command reads."""
+    def datasets_read(self) -> tuple[list[str], list[str]]:
+        """Return the values of --dataset and the values of --val_dataset. The command reads rows of all of them."""
         return self.dataset, self.val_dataset or []
 
 
@@ -411,10 +411,10 @@ class InferArguments(CommonArguments):
         """Return whether the program answers rows of data. It answers no rows if it chats, merges or exports."""
         return not (self.eval_human or self.merge_lora_and_save or self.export_native or self.gguf is not None)
 
-    def words_read(self) -> tuple[list[str], list[str]]:
-        """Return (words of --dataset, words of --val_dataset) whose rows this command reads.
+    def datasets_read(self) -> tuple[list[str], list[str]]:
+        """Return the values of --dataset and the values of --val_dataset, without those whose rows are not read.
 
-        If --val_dataset is given, the first list is empty, because the program then answers only rows of --val_dataset.
+        If --val_dataset is given, the program answers only rows of --val_dataset. So the first list is empty then.
         """
         return ([], self.val_dataset) if self.val_dataset else (self.dataset, [])
 

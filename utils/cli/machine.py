@@ -93,7 +93,7 @@ def _settle(done: Resolution[Any]) -> None:
     _settle_chat_template(done)
 
     if args.reads_data:
-        words, val_words = args.words_read()
+        words, val_words = args.datasets_read()
         for problem in check_sources(words, _started_in(args), val_words=val_words):
             problems.add(problem)
         if 'text_rows' in done.typed and not _text_files(args):
@@ -210,7 +210,7 @@ def _needs_template(args: CommonArguments) -> bool:
     if not args.reads_data:
         return isinstance(args, InferArguments) and args.eval_human
     try:
-        sources = [parse_source(word) for word in itertools.chain(*args.words_read())]
+        sources = [parse_source(word) for word in itertools.chain(*args.datasets_read())]
         if any(source.hub is not None for source in sources):
             return False  # rows that are not on this machine yet are judged when they are encoded
         if any(source.path is None for source in sources):
@@ -225,7 +225,7 @@ def _needs_template(args: CommonArguments) -> bool:
 def _text_files(args: CommonArguments) -> list[Path]:
     """Return the files of plain text that --dataset names. Words that name no files are skipped."""
     found: list[Path] = []
-    for word in itertools.chain(*args.words_read()):
+    for word in itertools.chain(*args.datasets_read()):
         try:
             source = parse_source(word)
             found += find_files(source) if source.path is not None else []
@@ -239,7 +239,7 @@ def _reads_hub_data(done: Resolution[Any]) -> bool:
     args = done.args
     if not args.reads_data or done.problems.found:
         return bool(args.reads_data)  # words that are not understood are reported already
-    entries = [parse_source(word).entry for word in itertools.chain(*args.words_read())]
+    entries = [parse_source(word).entry for word in itertools.chain(*args.datasets_read())]
     return any(entry is not None and not (isinstance(entry, HubFiles) and entry.chosen_hub) for entry in entries)
 
 
@@ -416,15 +416,15 @@ def _check_writable(flag: str, given: str, target: Path, problems: Problems) -> 
 def _check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> None:
     """Add a problem if the file of --write_clean exists, cannot be written, or would be read as data by --dataset."""
     given = f'--write_clean {target}'
-    sources = [source for word in itertools.chain(*args.words_read()) for source in _local_source(word)]
+    sources = [source for word in itertools.chain(*args.datasets_read()) for source in _local_source(word)]
     if target.resolve() in [file.resolve() for source in sources for file in _files_of(source)]:
         problems.add(f'{given} is one of the data files, which are never changed. Name a new file.')
     elif target.exists() or target.is_symlink():
         problems.add(f'{given} exists already and is not replaced. Name a new file.')
     elif any(_will_name(source, target) for source in sources):
         problems.add(
-            f'{given} is in a folder of --dataset or matches a pattern of --dataset, so the next run would read the '
-            'rows twice. Name a file in another folder.'
+            f'{given}: --dataset names a folder or a pattern that includes this new file, so the next run would read '
+            'the rows twice, from the old files and from the new file. Name a file in another folder.'
         )
     else:
         _check_writable('write_clean', str(target), target, problems)
@@ -481,7 +481,7 @@ def check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> No
             remedy = f'Use {intact[-1]}, which is intact.'
         else:
             remedy = 'Remove --resume_from_checkpoint: the run has no other checkpoint.'
-        problems.add(f'{given} cannot be resumed from: {problem}. {remedy}')
+        problems.add(f'{given} cannot be used, because {problem}. {remedy}')
     elif not (checkpoint / OPTIMIZER_STATE).is_file():
         problems.add(
             f'{given} has no optimizer state ({OPTIMIZER_STATE}): it was saved with --only_save_model true and cannot '

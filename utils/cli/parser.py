@@ -191,10 +191,10 @@ def _join_negative_values(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _at_separator(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Split a command line at the word `--`. Return the words before it and the words after it.
+def _split_at_separator(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the words of a command line before the word `--`, and the words after it.
 
-    If there is no word `--`, return an empty sequence and all words.
+    If there is no word `--`, all words count as after it: the first sequence is empty.
     """
     if '--' not in argv:
         return (), argv
@@ -227,7 +227,7 @@ def parse(
     parser = _build_parser(cls, program=program, about=about)
     typed: dict[str, list[str]] = {}
     unknown: list[str] = []
-    for words in (earlier, *_at_separator(argv)):
+    for words in (earlier, *_split_at_separator(argv)):
         known, others = _values_typed(parser, words)
         typed = {name: given for name, given in typed.items() if _EITHER.get(name) not in known} | known
         unknown += others

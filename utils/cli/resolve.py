@@ -159,8 +159,8 @@ def _resolve_streaming(done: Resolution[SftArguments]) -> None:
     for word in args.dataset:
         if '#' in word:  # a word of --val_dataset may have one: validation sets are read whole
             problems.add(
-                f"--dataset '{word}': # draws from all rows, but --streaming true never has all rows in memory. Remove "
-                '# and the number after it, or remove --streaming.'
+                f"--dataset '{word}': the number after # draws from all rows, but --streaming true never has all rows "
+                'in memory. Remove # and the number, or remove --streaming.'
             )
 
     unused = ['train_dataset_sample', 'dataset_test_ratio', 'dataloader_num_workers', 'group_by_length']

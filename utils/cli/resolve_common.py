@@ -112,14 +112,14 @@ def check_template_flags(done: Resolution[Any]) -> None:
 
 def resolve_datasets(done: Resolution[Any]) -> list[Source]:
     """Return the sources of --dataset. Adds a problem for each invalid word of --dataset and --val_dataset."""
-    words, val_words = done.args.words_read()
+    words, val_words = done.args.datasets_read()
     sources = _parse_sources(done, 'dataset', words)
     val_sources = _parse_sources(done, 'val_dataset', val_words)
     for source in val_sources:
         if source.share is not None:
             done.problems.add(
-                f"--val_dataset '{source.name}': a share (%) is for training rows. Write {source.name}, or "
-                f'{source.name}#100 for 100 rows.'
+                f"--val_dataset '{source.name}': a share (the number after %) is possible only in --dataset. Write "
+                f'{source.name} for all rows, or {source.name}#100 for 100 rows.'
             )
 
     for problem in read_columns(done.args.columns or ())[1]:

@@ -48,9 +48,10 @@ class IndexedRows(TrainRows, Protocol):
 class EncodedRows:
     """Rows of token ids in flat arrays: a torch map-style data set.
 
-    A row has one or more spans that carry loss. The last span is the last reply of the row. `order`, if given, lists
-    indices into the arrays in the order in which the rows are returned. A row that is repeated is stored once, and its
-    index is several times in `order`.
+    A row has one or more spans that carry loss. The last span is the last reply of the row.
+
+    `order` lists indices into the arrays in the order in which the rows are returned. If it is None, this is the order
+    of the arrays. A row that is repeated is stored once, and its index is several times in `order`.
     """
 
     def __init__(self, arrays: dict[str, Any] | None = None, order: Any = None) -> None:
@@ -60,9 +61,9 @@ class EncodedRows:
 
     @classmethod
     def map(cls, folder: Path, name: str) -> EncodedRows:
-        """Memory-map the rows that `spill` wrote to `folder` under `name`.
+        """Return the rows that `spill` wrote to `folder` under `name`, as memory-mapped arrays.
 
-        A row that an epoch trains several times is returned several times.
+        If an epoch trains a row several times, the returned object contains the row several times.
         """
         arrays: dict[str, Any] = {}
         for kind, code in _ARRAYS.items():
@@ -199,7 +200,7 @@ class EncodedRows:
     def evenly(self, count: int) -> EncodedRows:
         """Return `count` of these rows at equal distances. Returns all rows if `count` is -1 or too large.
 
-        The pieces into which --overlong split divides a row count as one row.
+        If --overlong split cut a row into pieces, all its pieces together count as one row.
         """
         by_origin: dict[str, list[int]] = {}
         for index in range(len(self)):

@@ -18,7 +18,10 @@ _NAMED = 20
 
 @dataclass(kw_only=True)
 class RefusedRows:
-    """Counts the rows that are longer than --max_length and that --overlong refuses, and keeps the first locations."""
+    """Counts the rows that are longer than --max_length and that --overlong refuses.
+
+    The locations of the first of these rows are kept.
+    """
 
     count: int = 0
     places: list[str] = field(default_factory=list)
@@ -30,7 +33,7 @@ class RefusedRows:
             self.places.append(f'{place} ({length} tokens)')
 
     def raise_if_any(self, overlong: Overlong, max_length: int) -> None:
-        """Raise ConfigError with the locations of the first rows if any row was counted."""
+        """Raise ConfigError if any row was counted. The message names the locations of the first counted rows."""
         if not self.count:
             return
         more = f', and {self.count - _NAMED} more' if self.count > _NAMED else ''
@@ -58,7 +61,7 @@ class EncodingReport:
     account: Account = field(default_factory=Account)
 
     def lines(self) -> list[str]:
-        """Return one line per reason, with the number of rows and the locations of the first rows."""
+        """Return one line per reason, with the number of its rows and the locations of the first of them."""
         return [*self.left_out.lines('skipped'), *self.noted.lines('noted')]
 
     @property

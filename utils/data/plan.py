@@ -106,34 +106,35 @@ class Plan:
 
 
 def loss_decisions(
-    typed: LossScope | None, replies: Mapping[LossScope, int], rows: Mapping[LossScope, int], total: str
+    typed: LossScope | None, earlier_replies: Mapping[LossScope, int], rows: Mapping[LossScope, int], total: str
 ) -> list[str]:
     """Return log lines that say which replies carry loss. Rows with only one reply need no line.
 
     `typed` is the value of --loss_scope: 'all_rounds' if every reply carries loss, 'last_round' if only the last reply
     of a row does. If `typed` is None, the format of each row decides its scope.
 
-    An earlier reply is a reply before the last reply of a row. `rows` counts the rows that have earlier replies.
-    `replies` counts the earlier replies. Both count separately for each scope: `rows['last_round']` is the number of
-    rows whose format decides 'last_round'. `total` is the end of each line, for example 'of 100 rows'.
+    An earlier reply is a reply before the last reply of its row. `earlier_replies` has the number of earlier replies,
+    and `rows` the number of rows that have any. Each has two numbers: one for the rows whose format decides
+    'all_rounds', and one for the rows whose format decides 'last_round'. `total` is the end of each line, for example
+    'of 100 rows'.
     """
     if typed == 'all_rounds':
         return []
     if typed == 'last_round':
-        earlier = sum(replies.values())
+        earlier = sum(earlier_replies.values())
         without = f'{earlier} earlier replies carry no loss in {sum(rows.values())} {total}'
         return [f'loss is on the last reply of a row because --loss_scope is last_round: {without}'] if earlier else []
 
     found = []
-    if replies.get('all_rounds'):
+    if earlier_replies.get('all_rounds'):
         found.append(
             'loss is on every reply of rows with messages or conversations because --loss_scope is not typed: '
-            f'{replies["all_rounds"]} earlier replies carry loss too in {rows["all_rounds"]} {total}'
+            f'{earlier_replies["all_rounds"]} earlier replies carry loss too in {rows["all_rounds"]} {total}'
         )
-    if replies.get('last_round'):
+    if earlier_replies.get('last_round'):
         found.append(
             'loss is on the last reply of rows with a history because --loss_scope is not typed: '
-            f'{replies["last_round"]} earlier replies carry no loss in {rows["last_round"]} {total}'
+            f'{earlier_replies["last_round"]} earlier replies carry no loss in {rows["last_round"]} {total}'
         )
     return found
 

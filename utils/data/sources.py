@@ -69,9 +69,10 @@ def parse_source(word: str) -> Source:
 
 
 def _split_share(word: str) -> tuple[str, Fraction | None]:
-    """Return (word without its share, share) for name%0.3. Returns (word, None) if the word has no share.
+    """Split a word such as name%0.3 into its name and its share, here ('name', Fraction(3, 10)).
 
-    A % is part of the name if a / follows it, or if the word ends in the suffix of a data file.
+    Returns (word, None) if the word has no share. A % is part of the name if a / follows it, or if the word ends in
+    the suffix of a data file.
     """
     name, mark, share = word.rpartition('%')
     number, counted, _ = share.partition('#')

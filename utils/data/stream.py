@@ -78,9 +78,9 @@ def shuffled(rows: Iterable[T], size: int, rng: random.Random) -> Iterator[T]:
 class TrainingStream(IterableDataset[dict[str, Any]]):
     """Yields the training rows in endless passes, each in a different order.
 
-    Each process yields a different share of the rows. If the data sets have shares, rows are taken from them in
-    proportion to the shares, and each data set has its own passes. The order depends only on seed, rank and world size.
-    So a resumed run skips exactly the rows that were trained.
+    Each process yields different rows. If --dataset gives shares (name%0.3), the rows are taken from the data sets in
+    these proportions, and each data set has its own passes. The order depends only on seed, rank and world size. So a
+    resumed run skips exactly the rows that were trained.
     """
 
     def __init__(self, encoder: Encoder, sources: Streams, *, val_rows: int, seed: int) -> None:
@@ -106,9 +106,9 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         self._yielded = 0
 
     def _read(self, number: int, *, counts: bool) -> Iterator[Row]:
-        """Yield the training rows of one pass over the data set with the index `number`.
+        """Yield the training rows of one data set in one pass. `number` is the index of the data set.
 
-        With `counts`, skipped rows and notes are counted.
+        If `counts` is True, skipped rows and notes are counted.
         """
         part, held_out = self.parts[number]
         for location, raw, row in part.read(hashlib.sha256()):
@@ -159,7 +159,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
     def _mixed(self, *, counts: bool) -> Iterator[tuple[Row, bool]]:
         """Yield rows without end, each as (row, whether it is read for the first time).
 
-        Each data set gives its share of the rows.
+        The rows are taken from the data sets in proportion to their shares.
         """
         readers = [self._passes(number, counts=counts) for number in range(len(self.parts))]
         for number in take_turns(self.shares):
@@ -191,7 +191,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                         logger.info(remark)
 
     def _order(self, number: int) -> random.Random:
-        """Return the random generator that shuffles the pass `number`, counted from 0."""
+        """Return the random generator that shuffles the rows of one pass. The first pass has the number 0."""
         return random.Random(f'{self.seed}/{number}')
 
     def _of_process(self, rows: Iterable[tuple[Row, bool]], index: int) -> Generator[dict[str, Any], None, int]:
@@ -259,9 +259,9 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return [piece.as_item() for row in encoded for piece in self.encoder.pieces_of(row, limit)]
 
     def lengths(self) -> list[int]:
-        """Return an estimate of the numbers of tokens of the rows, because most rows are not read yet.
+        """Return row lengths in tokens that stand for all rows, because most rows are not read yet.
 
-        The estimate is [--max_length]. If --max_length is -1 (no limit), it is the list of the first rows' lengths.
+        The list has one item, --max_length. If --max_length is -1 (no limit), it has the lengths of the first rows.
         """
         limit = self.encoder.max_length
         if limit > 0:

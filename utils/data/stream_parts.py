@@ -35,9 +35,11 @@ _FIRST_ROWS = 64
 class Streams:
     """The opened data sets of a streamed run.
 
-    `sources` has the parts of each data set that is streamed: [training, validation], or only one part. `shares` has
-    the share of each source; it is empty if the sources take turns. `val` is the plan of the rows of --val_dataset,
-    or None without --val_dataset. These rows are not streamed. Rows of the sources are held out only if `val` is None.
+    `sources` has one list for each data set: [training part, validation part], or [the only part]. `shares` has the
+    share of each data set. It is empty if a row is taken from each data set in turn.
+
+    `val` is the plan of the rows of --val_dataset, which are not streamed. Only if it is None, validation rows are held
+    out from `sources`.
     """
 
     sources: list[list[Part]]

@@ -49,7 +49,7 @@ class Tally:
         return sum(self.counts.values())
 
     def lines(self, verb: str) -> list[str]:
-        """Return one line per reason, with the number of rows and the locations of the first rows.
+        """Return one line per reason, with the number of its rows and the locations of the first of them.
 
         `verb` says in each line what happened to the rows, e.g. 'skipped'.
         """

@@ -150,7 +150,7 @@ def _shape(done: Ready[SftArguments], found: Found) -> Shape | None:
 def _find_data(args: SftArguments, found: Found) -> bool:
     """Return whether all data is on this machine. A line about missing files is added to `found.downloads`."""
     before = len(found.downloads)
-    for word in itertools.chain(*args.words_read()):
+    for word in itertools.chain(*args.datasets_read()):
         entry = parse_source(word).entry
         if entry is None:
             continue

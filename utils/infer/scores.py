@@ -164,7 +164,7 @@ class Function:
             spec.loader.exec_module(module)
         except Exception as error:
             raise ConfigError(
-                f'--score {self.word}: {self._place(error)} failed when it was loaded: {error_text(error)}. '
+                f'--score {self.word}: {self._location(error)} failed when it was loaded: {error_text(error)}. '
                 'Correct the file.'
             ) from error
         finally:
@@ -180,25 +180,25 @@ class Function:
             ) from error
         return function  # type: ignore[return-value]
 
-    def _place(self, error: Exception) -> str:
-        """Return the location of an error: the file of the function and, if the file raised the error, the line."""
+    def _location(self, error: Exception) -> str:
+        """Return the location of an error: 'file:line' if its traceback has a line in the user's file, else 'file'."""
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(self.file)]
         return f'{self.file}:{lines[-1]}' if lines else str(self.file)
 
     def __call__(self, answer: str, label: str, row: Row) -> dict[str, float]:
-        """Return the scores of a row by name. Raises ConfigError if the function fails or its result is no score.
+        """Return the scores of a row by name. Raises ConfigError if the function fails or returns anything but numbers.
 
         If the function returns a number, the score has the name of the function. If the function returns a dict, each
         value gets the name <function>-<key>. The first value is also returned under the name of the function.
 
-        The argument `row` of the function is a dict with a copy of the columns of the row in the data.
+        The function gets three arguments: `answer`, `label`, and a copy of the row in the data as {column: value}.
         """
         try:
             result = self._call(answer, label, copy.deepcopy(dict(row.written)))
         except Exception as error:
             raise ConfigError(
                 f'--score {self.word}: the function failed for {row.origin}: {error_text(error)} '
-                f'({self._place(error)}). Correct the function.'
+                f'({self._location(error)}). Correct the function.'
             ) from error
 
         values = dict(result) if isinstance(result, Mapping) else {'': result}

@@ -74,7 +74,7 @@ def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
 
 
 def _typed_paths(args: SftArguments) -> list[str]:
-    data_sets = [without_amount(word) for words in args.words_read() for word in words]
+    data_sets = [without_amount(word) for words in args.datasets_read() for word in words]
     words = [
         args.model_id_or_path,
         args.output_dir,

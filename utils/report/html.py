@@ -137,10 +137,11 @@ def _sets(run: RunFiles) -> Markup:
 
 
 def _account(account: dict[str, Any]) -> list[Markup]:
-    """Return a list of tables about the use of the data's characters. The list is empty if nothing was counted.
+    """Return tables that show what became of the characters of the data. Returns [] if nothing was counted.
 
-    The first table has a row for each field of the data. Each column counts the characters with one use, e.g. trained
-    or cut. If some texts were not used, a second table shows in how many rows each of these texts occurs.
+    The first table has a row for each field of the data. It has a column for each kind of use, such as 'trained' or
+    'cut', with the number of characters. A second table lists the fields with unused text, and in how many rows each
+    of them has unused text. It is omitted if there are no such fields.
     """
     fields = account.get('fields', {})
     if not fields:

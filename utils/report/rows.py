@@ -46,7 +46,10 @@ def kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def losses_section(rows: Sequence[Row]) -> list[Markup]:
-    """Return the tables of the losses per row, for report.html. The list is empty without losses before training."""
+    """Return the tables of the losses per row, for report.html.
+
+    Returns [] if no row has both a loss before training and a loss after it.
+    """
     by_kind = kinds(rows)
     count = sum(map(len, by_kind.values()))
     if not count:

@@ -100,8 +100,9 @@ def _check_everywhere(checkpoint: Path) -> None:
 def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) -> Found:
     """Search the runs of this model from the newest to the oldest, and return what was found.
 
-    A new run of this command would have the record `record`, and the entry `data` in its lock.json. The run in
-    --from_run is not searched, because this command repeats it.
+    Each run is compared with this command. `record` is the record that a new run of this command would have, and `data`
+    is the entry `data` that its lock.json would have. The run in --from_run is skipped, because this command trains
+    that run once more from its beginning.
     """
     found = Found()
     at_end = None
@@ -136,7 +137,8 @@ def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) ->
 def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None:
     """Return why this command cannot resume the earlier run in the folder `run`. Returns None if it can.
 
-    A new run of this command would have the record `record`, and the entry `data` in its lock.json.
+    The earlier run is compared with `record` and `data`. `record` is the record that a new run of this command would
+    have, and `data` is the entry `data` that its lock.json would have.
     """
     try:
         earlier = RunRecord.read(run)

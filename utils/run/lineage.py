@@ -47,8 +47,8 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
     Adds a line to `decisions` for each flag that is set, and a problem for each typed flag that does not fit the
     adapter. Adds a line to `warnings` if the base model or the template differs or cannot be checked.
 
-    Without --adapter, the command line is changed only if it resumes a run that began with --adapter. The flags then
-    come from the checkpoint.
+    If a command without --adapter resumes a run that began with --adapter, the values come from the resumed checkpoint.
+    Any other command line without --adapter is returned unchanged.
     """
     args = parsed.args
     if args.adapter is None:
@@ -209,9 +209,9 @@ def _fill_from_run(
 
 
 def _fill_from_checkpoint(parsed: Parsed[SftArguments], decisions: list[str]) -> Parsed[SftArguments]:
-    """Set the flags that --adapter decides, unless they were typed. The values come from the resumed checkpoint.
+    """Take the flags that --adapter decides from the resumed checkpoint, except flags that were typed.
 
-    Sets nothing if the command resumes no run. Also sets nothing if the resumed run began without --adapter.
+    This is for a command that resumes a run that began with --adapter. Any other command line is returned unchanged.
     """
     if parsed.args.resume_from_checkpoint is None:
         return parsed

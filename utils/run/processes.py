@@ -90,8 +90,8 @@ def leave_out_unused(args: CommonArguments, info: ModelInfo, weights: Path) -> N
     """Hide optional packages that this run does not use from all later imports, so that the run starts faster.
 
     `weights` is the folder or the file of the base model. Packages are hidden only if llm_sft.py or llm_infer.py is the
-    main program, because any other program could start a second run that needs them. Nothing is hidden if --score
-    names a function of the user, because the function could import any package.
+    main program. Any other program could later do another run in the same process, and that run could need the hidden
+    packages. Nothing is hidden if --score names a function of the user, because the function could import any package.
     """
     # Functions of the user that return data sets need no such exception: they have imported their packages by now.
     program = getattr(sys.modules['__main__'], '__file__', None)
@@ -108,7 +108,7 @@ def leave_out_unused(args: CommonArguments, info: ModelInfo, weights: Path) -> N
         'gptqmodel': is_packed,
         'optimum': is_packed,
         # transformers imports it only to recognise its data sets. A function of the user may import it again.
-        'datasets': any(parse_source(word).is_users_function for words in args.words_read() for word in words),
+        'datasets': any(parse_source(word).is_users_function for words in args.datasets_read() for word in words),
     }
     leave_out(name for name, is_used in used.items() if not is_used)
 

@@ -276,10 +276,10 @@ def _use_saved_template(parsed: Parsed[InferArguments], trained: Trained) -> Non
 
 
 def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> list[str]:
-    """Return a list of warnings, one for each argument whose value differs from its value in the resumed run.
+    """Return a warning for each flag whose value differs from its value in the resumed run.
 
-    `record` and `data` are the record of this run and the entry `data` of its lock.json. Raises ConfigError if the base
-    weights or the optimizer differ, or if the same data flags now give different rows.
+    `record` is the record of this run, and `data` is the entry `data` in the lock.json of this run. Raises ConfigError
+    if the base weights or the optimizer differ, or if the same data flags now give different rows.
     """
     resumed = find_record(checkpoint)
     if resumed is None:

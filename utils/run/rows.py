@@ -33,7 +33,9 @@ _INFER_REMEDY = 'or type --dataset to answer all rows of a data set: which rows 
 
 
 def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
-    """Return the rows of a training run: a plan, made in a first pass over the data, or opened streams.
+    """Return the rows of a training run: opened streams with --streaming true, else a plan.
+
+    A plan is made in a first pass over the data.
 
     Logs the decisions (rows not drawn, replies that carry loss, validation parts not used), and adds them to `done`.
     For a plan, also logs the notes on rows as warnings, and adds them to `done`.
@@ -146,7 +148,8 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
     3. for a trained model, the validation rows that the run held out
     4. for an untuned model, the rows that a run would hold out
 
-    Raises ConfigError if the data have changed since the run. A new draw could choose rows that the run trained on.
+    Raises ConfigError if the data have changed since the run. From changed data, other validation rows would be drawn,
+    and the run could have trained on these rows.
     """
     args = done.args
     flags = trained.record.flags if trained is not None else {}

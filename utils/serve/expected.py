@@ -30,10 +30,10 @@ class Next:
     stop: float
 
     def log_probability(self, text: str) -> float | None:
-        """Return the log probability of the first token of `text`. For an empty text, returns `stop`.
+        """Return the log probability of the first token of `text`, or `stop` if `text` is empty.
 
-        `text` may begin with several tokens of `likely`. In this case, the highest of their log probabilities is
-        returned. Returns None if `text` begins with none of them.
+        The first token is a key of `likely` that is a prefix of `text`. If several keys are prefixes of `text`, returns
+        the highest of their log probabilities. If no key is a prefix, returns None.
         """
         if not text:
             return self.stop

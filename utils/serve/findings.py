@@ -86,10 +86,10 @@ def _ids_known(shown: Sequence[Checked]) -> str:
 
 
 def template_differs(agreeing: int, tried: int) -> Finding:
-    """Return the finding that the chat template of the server differs from that of the run.
+    """Return the finding that the server's chat template differs from the run's.
 
-    The prompts of `tried` rows were sent as raw prompts, to which the server applies no template. In `agreeing` of
-    these rows, the server then gave the answer of the run.
+    The prompts of `tried` rows were sent again as raw prompts, to which the server applies no template. For `agreeing`
+    of these rows, the server then gave the run's answer. So its template was the cause of the different answers.
     """
     says = (
         'template differs: the server shows no token ids, but it answers as the run if it gets the prompt of the run '
@@ -162,7 +162,11 @@ def _where(agreement: Agreement) -> str:
 
 
 def _on_stops(rows: Sequence[Checked]) -> list[Finding]:
-    """Return one finding if answers of the server are longer than those of the run, and one if they are shorter."""
+    """Return up to two findings about the ends of the answers.
+
+    One reports the rows in which the server's answer is longer than the run's, the other the rows in which it is
+    shorter.
+    """
     made = []
     for kind, says in (
         ('late', 'the server goes on after the end of turn of the run'),

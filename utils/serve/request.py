@@ -157,14 +157,14 @@ def _parsed(function: Mapping[str, Any]) -> dict[str, Any]:
     return {**function, 'arguments': arguments if isinstance(arguments, dict) else function['arguments']}
 
 
-def _add_images(messages: list[dict[str, Any]], shown: Row, mark: str, paths: Sequence[str]) -> None:
+def _add_images(messages: list[dict[str, Any]], row: Row, mark: str, paths: Sequence[str]) -> None:
     """Add the images to the user turns in `messages`.
 
-    The content of a user turn with images becomes a list of parts. A part is a text or an image (a data URL). In the
-    texts of the row `shown`, `mark` stands for each image. `paths` has the paths of the images in the same order.
+    The content of a user turn with images becomes a list of parts. A part is a text or an image (a data URL). The texts
+    of `row` contain `mark` in the place of each image. `paths` has the paths of these images in the same order.
     """
     left = iter(paths)
-    turns = iter(turn['content'] for turn in shown.messages if turn['role'] == 'user')
+    turns = iter(turn['content'] for turn in row.messages if turn['role'] == 'user')
     for message in messages:
         if message['role'] != 'user':
             continue

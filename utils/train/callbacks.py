@@ -89,8 +89,8 @@ class StepIntervals(TrainerCallback):
 class EpochOrder(TrainerCallback):
     """Passes the number of each epoch to the sampler of --group_by_length, which shuffles each epoch differently.
 
-    In a resumed epoch, this sampler is wrapped in samplers that skip and distribute batches. These samplers do not pass
-    the number on, so this callback does.
+    If a run resumes in the middle of an epoch, accelerate wraps this sampler in others, which skip and distribute the
+    batches. The wrappers do not pass the epoch number on, so this callback sets it on the inner sampler.
     """
 
     def __init__(self, trainer: SftTrainer) -> None:

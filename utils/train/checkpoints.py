@@ -126,10 +126,11 @@ class Checkpoints:
         if failure := self.write(checkpoint, resumable=not trainer.args.save_only_model):
             last = last_checkpoint(run_dir)
             gib = shutil.disk_usage(run_dir).free / 2**30
-            remedy = f', then use --resume_from_checkpoint {last}' if last else ' and start again.'
+            remedy = f'use --resume_from_checkpoint {last}' if last else 'start again.'
             raise ConfigError(
                 f'{checkpoint} could not be written: {failure}. No older checkpoint was changed. The last complete '
-                f'checkpoint is {last or "none yet"}. {gib:.1f} GiB are free there. Free disk space{remedy}'
+                f'checkpoint is {last or "none yet"}. The disk has {gib:.1f} GiB free. Delete files to make room, '
+                f'then {remedy}'
             )
 
         if trainer.args.should_save:

@@ -72,7 +72,10 @@ class Costs:
         return low
 
     def told(self, done: int, end: int) -> str:
-        """Return a text with the times, and the numbers of evaluations and checkpoints after step `done`."""
+        """Return a text with the measured times, and the numbers of evaluations and checkpoints that are still to come.
+
+        These are the evaluations and checkpoints after step `done` in a run that ends after step `end`.
+        """
         text = f'a step takes {self.step:.3g} s'
         if self.evaluation:
             text += f', an evaluation {self.evaluation:.3g} s ({_count_left(done, end, self.eval_steps)} of them)'
@@ -191,7 +194,8 @@ class Deadline(TrainerCallback):
     def proposal(self) -> int:
         """Return a new, earlier last step for the run, or 0 to keep the planned last step.
 
-        Only process 0 decides. All other processes return 0, so the sum over all processes is its decision.
+        Only process 0 decides, and all other processes return 0. So the sum over all processes is the value of
+        process 0.
         """
         trainer = self.trainer
         if self.minutes is None or self._is_repeated or trainer.in_preflight or not dist.is_main():

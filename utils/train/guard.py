@@ -57,11 +57,11 @@ class _Taken:
 
 
 class Guard(TrainerCallback):
-    """Checks the loss and the gradient norm of each step before they change the weights.
+    """Stops a run if the loss or the gradient norm of a step is not finite, before the step changes the weights.
 
-    On a CPU, a step is checked before the optimizer runs. On a GPU, reading loss and norm at this point would leave the
-    GPU without work. So the optimizer itself skips a step whose loss or norm is not finite. The step is checked after
-    the next step was computed, but before anything is logged, saved or evaluated.
+    On a CPU, the guard checks a step before the optimizer runs. On a GPU, reading loss and norm at this point would
+    leave the GPU without work. So the optimizer itself skips a step whose loss or norm is not finite. The guard reads
+    the values one step later, but before anything is logged, saved or evaluated.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -82,7 +82,7 @@ class Guard(TrainerCallback):
     ) -> None:
         """Store a fingerprint of the weights, so that `on_train_end` can check that training changed them.
 
-        A resumed run stores none, because its last few steps can be too small to change the weights.
+        A resumed run stores none. It may have only a few steps left, which can be too small to change the weights.
         """
         if state.global_step == 0:
             self._fingerprint_at_start = weight_fingerprint(self.trainer.model)

@@ -45,7 +45,7 @@ def find_targets(
 ) -> tuple[list[str], list[str]]:
     """Return two lists: the names or paths of the modules that get LoRA, and the expert parameters that get LoRA.
 
-    `wanted` are the words of --lora_target_modules. Modules inside the modules `frozen` are left out. An expert
+    `wanted` are the words of --lora_target_modules. Modules inside the modules `frozen` get no LoRA. An expert
     parameter is the stacked weight of all experts of a layer, given by the end of its path, e.g. experts.down_proj.
     Raises ConfigError if a word of `wanted` matches nothing.
     """
@@ -67,13 +67,13 @@ def find_targets(
     if refused := [name for name in modules if last_name(name) in taken]:
         raise ConfigError(
             f'--lora_target_modules {", ".join(refused)}: PEFT cannot put LoRA on these linear layers of '
-            f'{type(model).__name__}, because it maps their names to the experts. Use --lora_target_modules '
-            f'{",".join(sorted(experts))} to train the experts.'
+            f'{type(model).__name__}, because PEFT takes their names for names of experts. To train the experts, use '
+            f'--lora_target_modules {",".join(sorted(experts))}.'
         )
     if taken and (several := [word for word in wanted if word in ALL or word.startswith(PATTERN)]):
         logger.info(
-            f'--lora_target_modules {several[0]} leaves out the linear layers {", ".join(sorted(taken))}, because PEFT '
-            'maps these names to the experts'
+            f'--lora_target_modules {several[0]} puts no LoRA on the linear layers {", ".join(sorted(taken))}, because '
+            'PEFT takes the names of these layers for names of experts'
         )
     return modules, list(parameters)
 

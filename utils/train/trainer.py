@@ -164,7 +164,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the wrapped model and the loader of the base class."""
+        """Return what the base class returns: the wrapped model and the data loader. Also make zero_grad faster."""
         model, loader = super()._prepare_for_training(*args, **kwargs)
         if not self.is_deepspeed_enabled:
             clear_only_trained(model)
