@@ -124,3 +124,22 @@ def test_deepspeeds_own_state_is_excepted_and_named(tmp_path: Path) -> None:
     proof = json.loads((tmp_path / 'proofs.json').read_text())['secrecy']
     assert proof['passed'] and proof['excepted'] == ['checkpoint-3/global_step3/mp_rank_00_model_states.pt']
     assert '1 files with the state of DeepSpeed are excepted' in proof['says']
+
+
+PATHS = [
+    (b'/home/ann/data.json', True),
+    (b'see "/home/ann/data.json", line 3', True),
+    (b'\0\xff/home/ann/', True),
+    (b'in /backup/home/ann/data.json', False),
+    (b'in ~/home/ann/data.json or x/home/ann/y:/home/ann/z', True),
+    (b'/home/ann/models/tiny/config.json', False),
+    (b'/home/ann/models/tiny, /home/ann/other', True),
+    (b'/home/anna/data.json and /home/ann', False),
+]
+
+
+@pytest.mark.parametrize(('content', 'is_found'), PATHS)
+def test_a_path_of_the_home_folder_is_found_where_it_begins(content: bytes, is_found: bool, tmp_path: Path) -> None:
+    (tmp_path / 'log').write_bytes(content)
+    found = list(home_paths(tmp_path, Path('/home/ann'), ['/home/ann/models/tiny']))
+    assert found == (['log: a path of your home folder'] if is_found else [])
