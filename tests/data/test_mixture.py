@@ -197,10 +197,7 @@ def test_repeated_rows_are_counted_once_in_the_account_and_a_skipped_row_is_miss
     told = data.summary['account']['fields']['user text']['context']
     stored = data.summary['train']['distinct_rows']
     assert stored == 4 + usable and told == 2 * (stored - 1) + len(bad['query'])
-    assert (
-        'a row that is repeated is counted only once in the numbers of characters, notes and skipped rows'
-        in caplog.text
-    )
+    assert 'a repeated row is counted only once in these three totals: characters, notes, skipped rows' in caplog.text
 
 
 def test_rows_that_the_template_skips_are_said_to_be_missing_from_the_mixture(

@@ -233,8 +233,8 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         plan_rows([file], reading=Reading(columns={'question': 'query', 'answer': 'response'}))
     assert str(raised.value) == (
-        f"{file}:1: --columns gives the columns question and query the same name 'query'. To drop the file's own "
-        "column 'query', add 'query=' to --columns. To keep it, remove the word that ends in '=query' from --columns."
+        f"{file}:1: --columns renames the column question to 'query', but the file already has a column 'query'. To "
+        "drop the file's own 'query', add 'query=' to --columns. To keep it, remove 'question=query' from --columns."
     )
 
 

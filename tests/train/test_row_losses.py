@@ -131,7 +131,7 @@ def test_a_damaged_file_of_rows_is_one_error(run_sft: Run, capsys: pytest.Captur
     run = run_sft('--max_steps', '1')
     (run / 'rows.jsonl').write_text('{"origin": \n')
     assert main([str(run)]) == 2
-    assert f'{run}/rows.jsonl: it is not JSON lines: ' in capsys.readouterr().err
+    assert f'{run}/rows.jsonl: the file is not JSON lines (' in capsys.readouterr().err
 
 
 def answers(path: Path, scores: dict[str, float], name: str = 'exact') -> Path:

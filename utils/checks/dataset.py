@@ -380,7 +380,10 @@ class DataCheck:
         return measured
 
     def _keeps_long(self, ids: Encoded, row: Row, column: str) -> bool:
-        """Return whether a row longer than --max_length is used. Counts the row as split, dropped or refused."""
+        """Count a row that is longer than --max_length as split, dropped or refused.
+
+        Returns whether the row is used. It is used only if it is split.
+        """
         overlong = self.encoder.overlong
         if overlong == 'split' and ids.is_text:
             self.noted.add(SPLIT, row.origin, column)

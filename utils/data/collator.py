@@ -137,7 +137,7 @@ def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[s
 
 
 def take_rows(batch: dict[str, torch.Tensor], indices: list[int]) -> dict[str, torch.Tensor]:
-    """Return a batch with only the rows `indices` of a batch without images.
+    """Return a new batch with only the rows of `batch` at `indices`. `batch` must have no images.
 
     The new batch is padded or concatenated like `batch`. Padding beyond the longest of these rows is cut. The tensors
     that `with_plan` adds are on the CPU. All other tensors stay on their device.

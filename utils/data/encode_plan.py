@@ -398,5 +398,5 @@ def _trained_of_each_part(plan: Plan, train: EncodedRows) -> dict[str, Any]:
                 'its rows were skipped'
             )
     if train.stored != len(train):
-        logger.info('a row that is repeated is counted only once in the numbers of characters, notes and skipped rows')
+        logger.info('a repeated row is counted only once in these three totals: characters, notes, skipped rows')
     return {'mixture': trained}

@@ -497,8 +497,8 @@ def _resolve(places: list[_Place], doubtful: Sequence[int], text: _Text, render:
     """Find the right positions of the doubtful texts, and store them in `places`.
 
     The row is rendered with a marker (a made-up word) in place of each of these texts. The position of a marker is the
-    position of its text. A rendering is not used if it fails, or if it differs from `text` in more than the markers. A
-    text without a rendering that can be used keeps its position.
+    position of its text. A rendering is not used if it fails, or if it also differs from `text` outside the markers.
+    A text without a rendering that can be used keeps its position.
     """
     whole = [number for number in doubtful if places[number].at is not None]
     marks = {number: _marker(number) for number in whole}
@@ -559,11 +559,11 @@ def _forms(text: str) -> list[str]:
 def _marked(
     places: Sequence[_Place], marks: Mapping[int, str], text: _Text, render: _Rendering
 ) -> dict[str, list[_Span]] | None:
-    """Find where the template prints the texts at some places. Returns {marker: spans in `text`}.
+    """Find where the rendered row `text` prints the row's texts at some places. Returns {marker: spans of `text`}.
 
-    `marks` is {index in `places`: marker}. The row is rendered once more, with each marker instead of the text at its
-    place. A comparison with `text`, the first rendering, shows which spans the markers replace. Returns None if the row
-    cannot be rendered, or if the two renderings differ in more than the markers.
+    `marks` is {index in `places`: marker}. The row is rendered again with the text at each of these places replaced by
+    its marker, and the result is compared with `text`. Returns None if the row cannot be rendered again, or if the two
+    renderings also differ outside the markers.
     """
     pieces = render([(places[number].leaf.path, mark) for number, mark in marks.items()])
     if pieces is None or any(mark in text.text for mark in marks.values()):

@@ -149,7 +149,7 @@ class AutoEncoder(Encoder):
     def __init__(self, tokenizer: Any, *, system: str | None, max_length: int, images: Images | None = None) -> None:
         templates = tokenizer.chat_template
         self._source = ''.join(templates.values()) if isinstance(templates, dict) else str(templates)
-        super().__init__(tokenizer, max_length=max_length, images=images, printed=self._source)
+        super().__init__(tokenizer, max_length=max_length, images=images, template_text=self._source)
         self.system = system
         self._tails: dict[str, list[int]] = {}
         # The key of the dict says whether the chat lists tools. A tokenizer may have a separate template for chats with
@@ -641,10 +641,10 @@ class AutoEncoder(Encoder):
         return _Parts(chat=chat, prompt=prompt, reply=follows[:cut], rest=rest, end=end, guarded=guarded, notes=notes)
 
     def _after_prompt(self, prompt: str, full: str, frame: _Frame) -> str | None:
-        """Return the text after the prompt in `full`, the rendered chat. Returns None if it cannot be found.
+        """Return the text that follows the prompt in the rendered chat `full`. Returns None if it cannot be found.
 
-        Some templates print the prompt differently if a reply follows. For example, the think block that the generation
-        prompt opens is missing, or the system text is not in the last user turn.
+        Some templates print the prompt differently if a reply follows. For example, they leave out the think block of
+        the generation prompt, or they no longer put the system text into the last user turn.
         """
         if full.startswith(prompt):
             return full[len(prompt) :]

@@ -52,14 +52,17 @@ class Encoder:
     # The number of rows of the model's embedding, if the tokenizer has more ids. Rows with a larger id are refused.
     embedding: int | None = None
 
-    def __init__(self, tokenizer: Any, *, max_length: int, images: Images | None = None, printed: str = '') -> None:
+    def __init__(
+        self, tokenizer: Any, *, max_length: int, images: Images | None = None, template_text: str = ''
+    ) -> None:
         """Keep the settings, and find the control tokens.
 
-        Control tokens are the special tokens of the tokenizer, and those of its added tokens that occur in `printed`,
-        the source of the template. A control token that is written in data is tokenised as plain text.
+        `template_text` is the source of the template. A token is a control token if it is a special token, a think tag,
+        or an added token like <|user|> that occurs in `template_text`. In data, control tokens are tokenised as plain
+        text, except think tags in replies.
         """
         self.tokenizer = tokenizer
-        self.text = TextTokenizer(tokenizer, printed=printed)
+        self.text = TextTokenizer(tokenizer, template_text=template_text)
         self.max_length = max_length
         self.images = images
 

@@ -62,8 +62,12 @@ def _is_printed(spelling: str, printed: str) -> bool:
 class TextTokenizer:
     """Tokenises text in batches. Control tokens are active in template text and inert in data."""
 
-    def __init__(self, tokenizer: Any, *, printed: str = '') -> None:
-        """Find the control tokens. Added tokens in `printed`, the source of the template, are control tokens too."""
+    def __init__(self, tokenizer: Any, *, template_text: str = '') -> None:
+        """Find the control tokens. `template_text` is the source of the template.
+
+        A token is a control token if it is a special token, a think tag, or an added token like <|user|> that occurs in
+        `template_text`.
+        """
         self.tokenizer = tokenizer
         # Threads use the shared tokenizer one at a time, because calls change how it reads special tokens.
         self._turn = threading.Lock()
@@ -76,8 +80,8 @@ class TextTokenizer:
         # The text that replaces an image tag in the text of a turn.
         self.image = f'{self._nonce}:image;'
         # All known texts of the template: its source, and renderings of probes.
-        self.printed = printed
-        self._learn_control(printed)
+        self.printed = template_text
+        self._learn_control(template_text)
 
     def _learn_control(self, printed: str) -> None:
         added = self.tokenizer.added_tokens_decoder

@@ -43,8 +43,8 @@ class TemplateEncoder(Encoder):
         images: Images | None = None,
     ) -> None:
         texts = (*template.prefix, *template.prompt, *(template.chat_sep or ()), *template.suffix)
-        printed = '\n'.join(text for text in texts if isinstance(text, str))
-        super().__init__(tokenizer, max_length=max_length, images=images, printed=printed)
+        template_text = '\n'.join(text for text in texts if isinstance(text, str))
+        super().__init__(tokenizer, max_length=max_length, images=images, template_text=template_text)
         self.template = template
         self.name = name
         self.system = system

@@ -78,9 +78,9 @@ class JsonParser:
         return self._decoder.raw_decode(text, position)
 
     def row(self, value: Any) -> Any:
-        """Return `value`, and clear `repeated`.
+        """Return `value`. If `repeated` has keys, a dict is returned as a RowWithRepeatedKeys with these keys.
 
-        If `value` is a dict and `repeated` has keys, returns a RowWithRepeatedKeys with both.
+        Afterwards, `repeated` is cleared for the next row.
         """
         if self.repeated and isinstance(value, dict):
             value = RowWithRepeatedKeys(value, self.repeated)

@@ -39,10 +39,11 @@ class Reading:
         for name, value in row.items():
             new = self.columns.get(name, name) or f'{name} (left out)'
             if new in sources:
+                renamed = sources[new] if name == new else name
                 raise ConfigError(
-                    f"{location}: --columns gives the columns {sources[new]} and {name} the same name '{new}'. To drop "
-                    f"the file's own column '{new}', add '{new}=' to --columns. To keep it, remove the word that ends "
-                    f"in '={new}' from --columns."
+                    f"{location}: --columns renames the column {renamed} to '{new}', but the file already has a column "
+                    f"'{new}'. To drop the file's own '{new}', add '{new}=' to --columns. To keep it, remove "
+                    f"'{renamed}={new}' from --columns."
                 )
             made[new] = value
             sources[new] = name

@@ -206,8 +206,8 @@ class FirstStepGate(TrainerCallback):
         The joined batch has the longest rows, and every token carries loss. Returns (the number of its tokens, the
         memory error or None).
 
-        `heaviest_tokens` is the number of tokens of the heaviest batch, which was already tried. A joined batch with no
-        more tokens than that is not tried. Then (`heaviest_tokens`, None) is returned.
+        `heaviest_tokens` is the number of tokens of a batch that is known to fit into memory. If the joined batch would
+        not have more tokens, it is not tried, and (`heaviest_tokens`, None) is returned.
         """
         trainer = self.trainer
         assert trainer.order is not None, 'checked by the caller'
@@ -288,13 +288,13 @@ class FirstStepGate(TrainerCallback):
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
         """Return a list of (flag that would save memory, heaviest batch of a run with this flag).
 
-        `rows` is the heaviest batch of the present run, and `tokens` the length of its longest row. The flag
-        --gradient_checkpointing does not change the batch, so the batch beside this flag is the object `rows` itself.
+        `rows` is the heaviest batch of the present run, and `tokens` the length of its longest row.
         """
         lighter: list[tuple[str, Rows]] = []
         if half := len(rows) // 2:
             lighter.append((f'--batch_size {half}', rows[:half]))
         if not self.trainer.model.is_gradient_checkpointing:
+            # This flag does not change the batch. The caller recognises the flag by the object `rows` itself.
             lighter.append(('--gradient_checkpointing true', rows))
         # Packs and rows with images cannot be cut to a number of tokens.
         if not any('rows' in row or 'images' in row for row in rows):
@@ -360,7 +360,7 @@ class FirstStepGate(TrainerCallback):
 
 
 def joins_more() -> bool:
-    """Return whether joined micro-batches can have more tokens than the heaviest batch. This is True only on CUDA."""
+    """Return whether joined batches with more tokens than the heaviest batch are tried. They are tried only on CUDA."""
     return device.kind() == 'cuda'
 
 

@@ -46,7 +46,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
     except ValueError as error:
         raise ConfigError(
-            f'{file}: it is not JSON lines: {error}. Remove the file to see the rest of the run.'
+            f'{file}: the file is not JSON lines ({error}). Move or delete it to go on without the losses in it.'
         ) from error
 
 
@@ -55,7 +55,8 @@ def read_run(folder: Path) -> RunFiles:
 
     def read(name: str, kind: type) -> Any:
         file = folder / name
-        return read_json(file, kind, remedy='Remove the file to see the rest of the run.') if file.is_file() else kind()
+        remedy = 'Move or delete the file. The run is then shown without it.'
+        return read_json(file, kind, remedy=remedy) if file.is_file() else kind()
 
     record = read_run_record(folder)
     sample = folder / 'sample.txt'

@@ -129,8 +129,8 @@ class Checked:
     def answered_by(self) -> Literal['run', 'base'] | None:
         """Return 'run' or 'base', whichever gives the same answer as the server. Returns None if neither does.
 
-        An equal answer is preferred to an answer that is equal up to rounding. If both answers agree in the same way,
-        the result is 'run'.
+        An equal answer is preferred to an answer that is equal up to rounding. If run and base match the server
+        equally well, the result is 'run'.
         """
         for kind in ('equal', 'rounding'):
             if self.agreement is not None and self.agreement.kind == kind:

@@ -82,7 +82,8 @@ class Guard(TrainerCallback):
     ) -> None:
         """Store a fingerprint of the weights, so that `on_train_end` can check that training changed them.
 
-        A resumed run stores none. It may have only a few steps left, which can be too small to change the weights.
+        A resumed run stores none, so it is not checked. It may have so few steps left that no weight changes. The
+        check would then fail wrongly.
         """
         if state.global_step == 0:
             self._fingerprint_at_start = weight_fingerprint(self.trainer.model)

@@ -67,13 +67,13 @@ def find_targets(
     if refused := [name for name in modules if last_name(name) in taken]:
         raise ConfigError(
             f'--lora_target_modules {", ".join(refused)}: PEFT cannot put LoRA on these linear layers of '
-            f'{type(model).__name__}, because PEFT takes their names for names of experts. To train the experts, use '
-            f'--lora_target_modules {",".join(sorted(experts))}.'
+            f'{type(model).__name__}, because PEFT mistakes their names for names of experts. To train the experts, '
+            f'use --lora_target_modules {",".join(sorted(experts))}.'
         )
     if taken and (several := [word for word in wanted if word in ALL or word.startswith(PATTERN)]):
         logger.info(
             f'--lora_target_modules {several[0]} puts no LoRA on the linear layers {", ".join(sorted(taken))}, because '
-            'PEFT takes the names of these layers for names of experts'
+            'PEFT mistakes the names of these layers for names of experts'
         )
     return modules, list(parameters)
 
@@ -378,7 +378,10 @@ def _lora_config(
 
 
 def _check_layers(model: Any, args: SftArguments, expected: Sequence[str], parameters: Sequence[str]) -> None:
-    """Raise ConfigError if the adapter of --adapter is not on the layers `expected` and the expert parameters."""
+    """Raise ConfigError unless the adapter of --adapter is on exactly these layers and expert parameters.
+
+    `expected` are the paths of the layers, and `parameters` the expert parameters.
+    """
     from peft.tuners.lora import LoraLayer, ParamWrapper
 
     layers = model.get_base_model().named_modules()

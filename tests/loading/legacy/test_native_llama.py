@@ -160,7 +160,7 @@ def test_a_fused_tensor_that_cannot_be_cut_is_named(tmp_path: Path) -> None:
     config, state = read_golden('baichuan7b-a')
     fused = 'model.layers.0.self_attn.W_pack.weight'
     folder = write_folder(tmp_path / 'cut', config, {**state, fused: state[fused][:-1]})
-    with pytest.raises(ConfigError, match=r'layers\.0\.self_attn\.W_pack\.weight.* has 191 rows, .* need 192'):
+    with pytest.raises(ConfigError, match=r'layers\.0\.self_attn\.W_pack\.weight.* has 191 rows, .* requires 192 rows'):
         open_folder('baichuan7b-a', folder)
 
 

@@ -94,7 +94,7 @@ def split_fused(key: str, tensor: torch.Tensor, count: int) -> list[torch.Tensor
     if tensor.dim() <= axis or tensor.shape[axis] % count:
         raise ConfigError(
             f"tensor '{key}' of shape {tuple(tensor.shape)} cannot be cut into {count} equal parts along axis {axis}: "
-            'the checkpoint is damaged or of another model. Download or copy it again.'
+            'the checkpoint is damaged or belongs to another model. Download or copy it again.'
         )
 
     return list(tensor.chunk(count, dim=axis))
@@ -122,7 +122,8 @@ class PackedWeight(LazyMatrix):
     def rows(self, which: slice) -> torch.Tensor:
         """Return the rows `which` of the weight in fp32, one row per output.
 
-        `which.start` must be a multiple of `format.per_word`, so that the first zero point starts an int32.
+        `which.start` must be a multiple of `format.per_word`. Each int32 of `qzeros` packs `per_word` zero points, and
+        the slice must not begin inside an int32.
         """
         import torch
 

@@ -105,9 +105,9 @@ def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Ten
     rows = next(iter(tensor.shape), 0)
     if rows != 3 * width:
         raise ConfigError(
-            f"tensor '{key}' has {rows} rows, but query, key and value of hidden_size {width} need "
-            f'{3 * width}: the file is damaged, or config.json is of another size. Use the weights and config.json of '
-            'one repository or folder.'
+            f"tensor '{key}' has {rows} rows, but hidden_size {width} requires {3 * width} rows (query + key + value). "
+            'The file is damaged, or config.json belongs to a model of another size. Use the weights and config.json '
+            'of one repository or folder.'
         )
 
     return {f'{fused[1]}{name}_proj.weight': part for name, part in zip('qkv', tensor.chunk(3), strict=True)}

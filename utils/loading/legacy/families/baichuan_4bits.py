@@ -23,8 +23,8 @@ _DATA = '.data'
 _QUANT = '.quant_state'
 
 
-def _dense(original: Config) -> Config:
-    """Return config.json without quantization_config. The rest is the config.json of the unquantised model."""
+def _unquantised_config(original: Config) -> Config:
+    """Return config.json without quantization_config. What remains is the config.json of the unquantised model."""
     return {field: value for field, value in original.items() if field != 'quantization_config'}
 
 
@@ -34,7 +34,7 @@ def _matches(original: Config, *, unquantised: Family) -> bool:
     `unquantised` is the family for the unquantised weights of the same model.
     """
     quantization = original.get('quantization_config') or {}
-    return quantization.get('load_in_4bit') is True and unquantised.matches(_dense(original))
+    return quantization.get('load_in_4bit') is True and unquantised.matches(_unquantised_config(original))
 
 
 def unpack_state(state: State) -> State:
@@ -134,8 +134,8 @@ def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
     Raises ConfigError if quant_state has an unknown layout, or if the two entries do not fit each other.
     """
     layout = ConfigError(
-        f"'{name}{_QUANT}' does not have the layout of bitsandbytes of 2023: it is damaged, or of another version. "
-        'Download or copy the files again.'
+        f"'{name}{_QUANT}' does not have the layout of bitsandbytes of 2023. It is damaged, or was written by another "
+        'version. Download or copy the files again.'
     )
 
     try:
@@ -169,12 +169,12 @@ def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
 
 def native_config(original: Config, *, unquantised: Family) -> dict[str, Any]:
     """Return the arguments of the native configuration. They are the same as for the unquantised model."""
-    return unquantised.config(_dense(original))
+    return unquantised.config(_unquantised_config(original))
 
 
 def native_tensors(state: State, original: Config, *, unquantised: Family) -> State:
     """Unpack the tensors and return them under native names. The names are those of the unquantised model."""
-    return unquantised.tensors(unpack_state(state), _dense(original))
+    return unquantised.tensors(unpack_state(state), _unquantised_config(original))
 
 
 def _packed(unquantised: Family) -> Family:

@@ -143,9 +143,9 @@ def _rename(key: str, tensor: torch.Tensor, *, rows: tuple[int, int, int]) -> di
 
     if tensor.shape[:1] != (sum(rows),):
         raise ConfigError(
-            f"tensor '{key}' is of shape {tuple(tensor.shape)}; query, key and value of config.json need "
-            f'{" + ".join(map(str, rows))} rows: the file is damaged or of another model. '
-            'Download or copy it again.'
+            f"tensor '{key}' has the shape {tuple(tensor.shape)}, but config.json requires "
+            f'{" + ".join(map(str, rows))} rows (query + key + value). The file is damaged or belongs to another '
+            'model. Download or copy it again.'
         )
 
     # A .bin file may hold Parameters. A slice of a Parameter would keep an autograd graph.

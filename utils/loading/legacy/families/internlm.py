@@ -36,7 +36,7 @@ def llama_config(original: Config, family: str, defaults: Mapping[str, Any]) -> 
         family,
         'num_attention_heads',
         heads,
-        f'which does not divide hidden_size = {config["hidden_size"]}: the file is damaged or of another model',
+        f'which does not divide hidden_size = {config["hidden_size"]}: the file is damaged or belongs to another model',
     )
 
     for field in ('quantization_config', 'quantization_bit'):
