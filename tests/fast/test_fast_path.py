@@ -66,14 +66,17 @@ def by_definition(
 
 
 @pytest.mark.on_device
+@pytest.mark.parametrize(('padding', 'most_scores'), [(1, 2**22), (2, 2**22), (32, 2**22), (2, 40)])
 @pytest.mark.parametrize('window', [None, 3, 7])
 @pytest.mark.parametrize('cap', [None, 2.0])
 @pytest.mark.parametrize('sinks', [False, True])
 def test_attention_by_rows_is_attention(
-    window: int | None, cap: float | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
+    padding: int, most_scores: int, window: int | None, cap: float | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr('utils.fast.rows.QUERY_BLOCK', 4)  # rows of several blocks; the weights of some blocks are kept
     monkeypatch.setattr(attention, 'KEPT_KEYS', 6)
+    monkeypatch.setattr(constants, 'PADDED', padding)
+    monkeypatch.setattr('utils.fast.rows.GROUP_SCORES', most_scores)
     torch.manual_seed(0)
     shapes = [(6, 25, 8), (2, 25, 8), (2, 25, 5), *([(6,)] if sinks else [])]
     inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
@@ -89,6 +92,41 @@ def test_attention_by_rows_is_attention(
         assert (found - expected).abs().max() < 1e-12
         for ours, theirs in zip(torch.autograd.grad(found, inputs, direction), gradients, strict=True):
             assert (ours - theirs).abs().max() < 1e-12
+
+
+def test_blocks_of_equal_padded_shape_are_computed_together() -> None:
+    rows = RowMask((150, 20, 140, 30, 300), None)
+    starts = [0, 150, 170, 310, 340]
+    groups = rows.block_groups(heads=2)
+    found = [(group.earlier, group.queries, group.keys, [block.start for block in group.blocks]) for group in groups]
+    assert found == [
+        (0, 32, 32, [starts[1], starts[3]]),
+        (0, 128, 128, [starts[0], starts[2], starts[4]]),
+        (128, 32, 160, [starts[0] + 128, starts[2] + 128]),
+        (128, 128, 256, [starts[4] + 128]),
+        (256, 64, 320, [starts[4] + 256]),
+    ]
+    assert [group.first for group in groups] == [0, 64, 448, 512, 640]
+    most = constants.GROUP_SCORES // (128 * 128)
+    assert [len(group.blocks) for group in RowMask((128,) * 5, None).block_groups(heads=most // 2)] == [2, 2, 1]
+    assert [len(group.blocks) for group in RowMask((128,) * 5, None).block_groups(heads=2 * most)] == [1] * 5
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_a_row_is_bitwise_the_same_beside_any_number_of_other_rows(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    length = 70
+    inputs = [torch.randn(heads, length, 16).to(dtype) for heads in (6, 2, 2)]
+    direction = torch.randn(length, 6, 16).to(dtype)
+    found = []
+    for others in ((), (70,), (65, 90, 3, 70, 200, 66)):
+        count = sum(others)
+        given = [torch.cat([torch.randn(len(x), count, 16).to(dtype), x], dim=1).requires_grad_() for x in inputs]
+        out = RowAttention.apply(*given, None, RowMask((*others, length), None), 0.25, None)
+        grads = torch.autograd.grad(out[count:], given, direction)
+        assert not any(grad[:, :count].any() for grad in grads)
+        found.append([out[count:], *(grad[:, count:] for grad in grads)])
+    assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))
 
 
 def test_groups_hold_rows_of_like_length() -> None:

@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from utils.estimate.model_shape import Shape
-from utils.fast.constants import KEPT_KEYS, QUERY_BLOCK, STEP_CHUNK, chunk_rows, logit_bytes
+from utils.fast.constants import (
+    GROUP_SCORES,
+    KEPT_KEYS,
+    QUERY_BLOCK,
+    STEP_CHUNK,
+    chunk_rows,
+    logit_bytes,
+    padded,
+)
 from utils.loading.layers import adapter_size, named_by
 
 GIB = 2**30
@@ -275,8 +283,12 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
 
 def _kept(longest: int) -> int:
     """Return how many attention weights per token and head are saved on a CPU for a row of `longest` tokens."""
-    blocks = ((start, min(start + QUERY_BLOCK, longest)) for start in range(0, min(longest, KEPT_KEYS), QUERY_BLOCK))
-    return sum((end - start) * end for start, end in blocks if end <= KEPT_KEYS) // longest
+    kept = 0
+    for start in range(0, longest, QUERY_BLOCK):
+        queries = padded(min(QUERY_BLOCK, longest - start))
+        if start + queries <= KEPT_KEYS:
+            kept += queries * (start + queries)
+    return kept // longest
 
 
 def _inputs(shape: Shape, mode: Mode) -> int:
@@ -335,7 +347,9 @@ def _backward(shape: Shape, mode: Mode, batch: Batch) -> int:
     mlp = 3 * shape.inner // layers * c * batch.tokens
     attention = batch.tokens * shape.head_dim * (shape.heads * c + 8 * shape.kv_heads)
     if not mode.gpu and mode.padding_free:
-        attention += 4 * c * min(QUERY_BLOCK, batch.longest) * batch.longest * shape.heads
+        scores = shape.heads * padded(min(QUERY_BLOCK, batch.longest)) * padded(batch.longest)
+        grouped = min(GROUP_SCORES, batch.tokens // batch.longest * scores)
+        attention += 4 * c * max(scores, grouped)
     largest = max((i * o for sizes in shape.linear.values() for _, i, o in sizes), default=0)
     weight = 0
     if mode.dora:

@@ -1,8 +1,8 @@
 """Attention for concatenated rows without padding, on any device: a token attends only to tokens of its own row.
 
 Shapes in names: T tokens of all rows, H query heads, G key and value heads, R = H / G query heads per key head,
-Q queries of a block, K keys of a block, D width of a query or key head, E width of a value head, B rows of a group,
-L length of its longest row.
+Q queries of a block, K keys of a block, D width of a query or key head, E width of a value head, B rows or blocks of a
+group, L length of its longest row, N padded queries of all blocks and heads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from utils.fast.flash_rows import flash_attention
 from utils.fast.flex_rows import flex_rows_attention
 from utils.fast.kernel_trial import conditions
 from utils.fast.recurrent import keep_rows_apart
-from utils.fast.rows import Block, RowMask, rows_of_batch
+from utils.fast.rows import BlockGroup, RowMask, rows_of_batch
 
 # On a GPU, torch's attention takes one of these kernels. cuDNN is not among them, because it prepares a plan for each
 # new shape, which takes up to a second: https://github.com/modelscope/FunASR/issues/3704
@@ -304,14 +304,15 @@ def _hiding_bias(
 
 
 class RowAttention(torch.autograd.Function):
-    """Causal attention by matrix products, one block of queries at a time. On a CPU it is faster than that of torch.
+    """Causal attention by matrix products. On a CPU it is faster than that of torch.
 
     Takes query (H, T, D), key (G, T, D), value (G, T, E) and sinks (H) or None. Returns the output (T, H, E). The
     output at tokens after the last row is 0.
 
-    Attention weights are saved for the backward pass only in blocks with few keys. In all other blocks they are
-    computed again, so that memory does not grow with the square of the row length. Scores and weights are stored in the
-    dtype of the query. The softmax and the sums over blocks are computed in fp32.
+    Rows are cut into blocks of queries. Blocks of equal shape are computed together, because small matrix products take
+    longer to start than to compute. Attention weights are saved for the backward pass only in blocks with few keys. In
+    all other blocks they are computed again, so that memory does not grow with the square of the row length. Scores and
+    weights are stored in the dtype of the query. The softmax and the sums over blocks are computed in fp32.
     """
 
     @staticmethod
@@ -327,76 +328,160 @@ class RowAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.settings = rows, scaling, softcap
         heads, tokens, _ = query_HTD.shape
-        groups, _, width = value_GTE.shape
-        out_THE = query_HTD.new_empty(tokens, heads, width)
-        out_GRTE = out_THE.view(tokens, groups, -1, width).permute(1, 2, 0, 3)
+        width = value_GTE.shape[-1]
+        padded = _PaddedBlocks(query_HTD, key_GTD, value_GTE, rows)
 
+        out_NE = query_HTD.new_empty(len(padded.indices.take), width)
         kept = []
-        for block in rows.blocks():
-            first_key, start, end = block
-            weights, _ = _weights(query_HTD, key_GTD, sinks_H, block, ctx.settings)
-            if _keeps_weights(end - first_key, softcap):
+        for number, group in enumerate(padded.groups):
+            query, key, value = padded.inputs(number)
+            weights, _ = _weights(query, key, sinks_H, group, ctx.settings)
+            if _keeps_weights(group.keys, softcap):
                 kept.append(weights)
-            mixed = torch.bmm(weights, value_GTE[:, first_key:end])
-            out_GRTE[:, :, start:end] = mixed.view(groups, -1, end - start, width)
+            torch.bmm(weights, value, out=padded.part(out_NE, group))
 
-        out_THE[rows.tokens :] = 0
         ctx.save_for_backward(query_HTD, key_GTD, value_GTE, sinks_H, *kept)
-        return out_THE
+        return _placed(out_NE, padded.indices.place, tokens, heads)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         query_HTD, key_GTD, value_GTE, sinks_H, *kept = ctx.saved_tensors
         rows, scaling, softcap = ctx.settings
         kept_weights = iter(kept)
-        heads = len(query_HTD)
+        heads, tokens, _ = query_HTD.shape
         groups = len(key_GTD)
         exact = torch.promote_types(query_HTD.dtype, torch.float32)
-        device = key_GTD.device
+        padded = _PaddedBlocks(query_HTD, key_GTD, value_GTE, rows)
 
-        grad_GRTE = grads[0].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
-        query_grad_HTD = torch.empty_like(query_HTD, memory_format=torch.contiguous_format)
-        key_grad_GTD = torch.zeros(key_GTD.shape, dtype=exact, device=device)
-        value_grad_GTE = torch.zeros(value_GTE.shape, dtype=exact, device=device)
+        out_grad_NE = grads[0].reshape(-1, grads[0].shape[-1]).index_select(0, padded.indices.take)
+        if padded.indices.is_real is not None:
+            out_grad_NE.mul_(padded.indices.is_real)  # 0 for padded queries, so they add nothing to any gradient
+        query_grad_ND = torch.empty_like(padded.query_ND)
         sinks_grad_GR = None
         if sinks_H is not None:
-            sinks_grad_GR = torch.zeros(groups, heads // groups, dtype=exact, device=device)
+            sinks_grad_GR = torch.zeros(groups, heads // groups, dtype=exact, device=query_HTD.device)
 
-        for block in rows.blocks():
-            first_key, start, end = block
+        key_grad = _KeyGradient(key_GTD, padded)
+        value_grad = _KeyGradient(value_GTE, padded)
+        for number, group in enumerate(padded.groups):
+            query, key, value = padded.inputs(number)
             slope = None
-            if _keeps_weights(end - first_key, softcap):
+            if _keeps_weights(group.keys, softcap):
                 weights = next(kept_weights)
             else:
-                weights, slope = _weights(query_HTD, key_GTD, sinks_H, block, ctx.settings)
+                weights, slope = _weights(query, key, sinks_H, group, ctx.settings)
 
-            # R query heads share a key head. Their queries in this block are joined into one dimension of R * Q.
-            out_grad = grad_GRTE[:, :, start:end].flatten(1, 2)
-            value_grad_GTE[:, first_key:end].add_(torch.bmm(weights.mT, out_grad))
-            weights_grad = torch.bmm(out_grad, value_GTE[:, first_key:end].mT)
+            out_grad = padded.part(out_grad_NE, group)
+            value_grad.add(group, weights.mT, out_grad)
+            weights_grad = torch.bmm(out_grad, value.mT)
 
             if sinks_grad_GR is not None:
-                shape_GRQ = (groups, heads // groups, end - start)
-                mean_GRQ = torch.linalg.vecdot(weights_grad.to(exact), weights.to(exact)).view(shape_GRQ)
-                sink_weight_GRQ = 1 - weights.sum(-1, dtype=exact).view(shape_GRQ)
-                sinks_grad_GR -= (sink_weight_GRQ * mean_GRQ).sum(-1)
+                shape_BGRQ = (len(group.blocks), groups, heads // groups, group.queries)
+                mean_BGRQ = torch.linalg.vecdot(weights_grad.to(exact), weights.to(exact)).view(shape_BGRQ)
+                sink_weight_BGRQ = 1 - weights.sum(-1, dtype=exact).view(shape_BGRQ)
+                sinks_grad_GR -= (sink_weight_BGRQ * mean_BGRQ).sum((0, 3))
 
             # With this function of torch, the gradient is exactly 0 if one key has the whole weight.
             scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
             if slope is not None:
                 scores_grad = scores_grad.mul_(slope)
+            torch.bmm(scores_grad, key, out=padded.part(query_grad_ND, group))
+            key_grad.add(group, scores_grad.mT, query)
 
-            query_block = query_HTD[:, start:end].unflatten(0, (groups, -1)).flatten(1, 2)
-            query_grad = torch.bmm(scores_grad, key_GTD[:, first_key:end]).mul_(scaling)
-            query_grad_HTD[:, start:end] = query_grad.view(heads, end - start, -1)
-            key_grad_GTD[:, first_key:end].add_(torch.bmm(scores_grad.mT, query_block))
-
-        query_grad_HTD[:, rows.tokens :] = 0
+        query_grad_THD = _placed(query_grad_ND.mul_(scaling), padded.indices.place, tokens, heads)
         sinks_grad_H = None
         if sinks_grad_GR is not None and sinks_H is not None:
             sinks_grad_H = sinks_grad_GR.flatten().to(sinks_H.dtype)
-        key_grad = key_grad_GTD.mul_(scaling).to(key_GTD.dtype)
-        return query_grad_HTD, key_grad, value_grad_GTE.to(value_GTE.dtype), sinks_grad_H, None, None, None
+        key_grad_GTD = key_grad.total(scaling)
+        return query_grad_THD.transpose(0, 1), key_grad_GTD, value_grad.total(), sinks_grad_H, None, None, None
+
+
+class _PaddedBlocks:
+    """The queries, keys and values of one attention layer, padded so that blocks can be computed in groups."""
+
+    def __init__(self, query_HTD: torch.Tensor, key_GTD: torch.Tensor, value_GTE: torch.Tensor, rows: RowMask) -> None:
+        self.heads = len(key_GTD)
+        self.repeats = len(query_HTD) // self.heads
+        self.tokens = query_HTD.shape[1]
+        self.rows = rows
+        self.groups = rows.block_groups(len(query_HTD))
+        device = query_HTD.device
+        self.indices = rows.query_indices(self.groups, self.heads, self.repeats, device)
+        self.own_keys = rows.query_indices(self.groups, self.heads, 1, device)
+        self.keys = rows.key_indices(self.groups, self.heads, device)
+        self.query_ND = _by_head(query_HTD).index_select(0, self.indices.take)
+        self.key = _by_head(key_GTD)
+        self.value = _by_head(value_GTE)
+
+    def inputs(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return query (B * G, R * Q, D), key (B * G, K, D) and value (B * G, K, E) of a group of blocks."""
+        group = self.groups[number]
+        key, value = (
+            x.index_select(0, self.keys[number]).view(-1, group.keys, x.shape[-1]) for x in (self.key, self.value)
+        )
+        return self.part(self.query_ND, group), key, value
+
+    def part(self, padded_ND: torch.Tensor, group: BlockGroup) -> torch.Tensor:
+        """Return the part (B * G, R * Q, D) of padded queries, or of their gradients, that belongs to a group."""
+        heads = self.heads * self.repeats
+        start = group.first * heads
+        part = padded_ND[start : start + len(group.blocks) * heads * group.queries]
+        return part.view(-1, self.repeats * group.queries, padded_ND.shape[-1])
+
+
+class _KeyGradient:
+    """Sums the gradients of keys or values over the blocks that see them."""
+
+    def __init__(self, key_GTD: torch.Tensor, padded: _PaddedBlocks) -> None:
+        self.padded = padded
+        # Gradients from the block of the key's own position. Each key has exactly one.
+        self.own_ND = key_GTD.new_empty(len(padded.own_keys.take), key_GTD.shape[-1])
+        # Gradients from later blocks of the row.
+        self.later_TGD = None
+        if any(group.earlier for group in padded.groups):
+            exact = torch.promote_types(key_GTD.dtype, torch.float32)
+            self.later_TGD = key_GTD.new_zeros(padded.tokens, padded.heads, key_GTD.shape[-1], dtype=exact)
+
+    def add(self, group: BlockGroup, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add the products of `left` (B * G, K, R * Q) and `right` (B * G, R * Q, D) to the keys of a group."""
+        heads = self.padded.heads
+        start = group.first * heads
+        own = self.own_ND[start : start + len(group.blocks) * heads * group.queries]
+        own = own.view(-1, group.queries, own.shape[-1])
+        if self.later_TGD is None or group.earlier == 0:
+            torch.bmm(left, right, out=own)
+            return
+
+        grad = torch.bmm(left, right)
+        own.copy_(grad[:, group.earlier : group.earlier + group.queries])
+        earlier_BGKD = grad[:, : group.earlier].unflatten(0, (-1, heads))
+        for block, earlier_GKD in zip(group.blocks, earlier_BGKD, strict=True):
+            self.later_TGD[block.first_key : block.start].add_(earlier_GKD.transpose(0, 1))
+
+    def total(self, scaling: float = 1.0) -> torch.Tensor:
+        """Return the sum (G, T, D) of all gradients, multiplied by `scaling`."""
+        padded = self.padded
+        total_TGD = _placed(self.own_ND, padded.own_keys.place, padded.tokens, padded.heads)
+        if self.later_TGD is not None:
+            total_TGD = self.later_TGD.add_(total_TGD)
+        if scaling != 1.0:
+            total_TGD = total_TGD.mul_(scaling)
+        return total_TGD.to(self.own_ND.dtype).transpose(0, 1)
+
+
+def _by_head(x_HTD: torch.Tensor) -> torch.Tensor:
+    """Return x (H, T, D) as (T * H, D)."""
+    return x_HTD.transpose(0, 1).reshape(-1, x_HTD.shape[-1])
+
+
+def _placed(padded_ND: torch.Tensor, place: torch.Tensor, tokens: int, heads: int) -> torch.Tensor:
+    """Return padded queries as (T, H, D). Tokens that belong to no row get 0."""
+    width = padded_ND.shape[-1]
+    placed_THD = padded_ND.new_empty(tokens, heads, width)
+    of_rows = len(place) // heads
+    torch.index_select(padded_ND, 0, place, out=placed_THD[:of_rows].view(-1, width))
+    placed_THD[of_rows:] = 0
+    return placed_THD
 
 
 def _keeps_weights(keys: int, softcap: float | None) -> bool:
@@ -404,40 +489,30 @@ def _keeps_weights(keys: int, softcap: float | None) -> bool:
 
 
 def _weights(
-    query_HTD: torch.Tensor,
-    key_GTD: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
     sinks_H: torch.Tensor | None,
-    block: Block,
+    group: BlockGroup,
     settings: tuple[RowMask, float, float | None],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return (attention weights, derivative) of a block, both (G, R * Q, K).
+    """Return the attention weights of a group of blocks, (B * G, R * Q, K), and the derivative of the capping.
 
-    The derivative is that of the capped scores with respect to the scores before the cap. It is None if scores are not
-    capped. `settings` are the rows, the factor by which scores are multiplied, and the limit at which scores are capped
-    (None: no limit).
+    The derivative is that of the capped scores with respect to the scores, in the shape of the weights. It is None if
+    scores are not capped. `settings` are the rows, the factor by which scores are multiplied, and the limit of capped
+    scores or None.
     """
-    first_key, start, end = block
     rows, scaling, softcap = settings
-    groups = len(key_GTD)
-    repeats = len(query_HTD) // groups
-    queries = end - start
-    keys = end - first_key
-    query_block = query_HTD[:, start:end].unflatten(0, (groups, -1)).flatten(1, 2)
+    queries, earlier, keys = group.queries, group.earlier, group.keys
+    repeats = query.shape[1] // queries
 
-    # With 16-bit scores, torch's softmax is fast only if the number of keys is a multiple of 32. So the block also gets
-    # keys after its end. The bias hides these keys, as it hides all keys after a query.
-    padded_keys = keys
-    if query_HTD.dtype != torch.float32:
-        padded_keys = min(-(-keys // 32) * 32, key_GTD.shape[1] - first_key)
-
-    later_bias = _hiding_bias(queries, first_key + padded_keys - start, 1, repeats, query_HTD.dtype, query_HTD.device)
+    later_bias = _hiding_bias(queries, keys - earlier, 1, repeats, query.dtype, query.device)
     # In the first block of a row the bias covers all columns, so the matrix product can add it. In later blocks the
     # bias covers only the last columns and is added afterwards.
-    is_first_block = first_key == start and softcap is None
+    is_first_block = earlier == 0 and softcap is None
     scores = torch.baddbmm(
         later_bias if is_first_block else later_bias[:, :1, :1],
-        query_block,
-        key_GTD[:, first_key : first_key + padded_keys].mT,
+        query,
+        key.mT,
         beta=float(is_first_block),
         alpha=scaling,
     )
@@ -445,26 +520,21 @@ def _weights(
     slope = None
     if softcap is not None:
         ratio = scores.div_(softcap).tanh_()
-        slope = (1 - ratio.square())[..., :keys]
+        slope = 1 - ratio.square()
         scores = ratio * softcap
     if not is_first_block:
-        scores[..., start - first_key :].add_(later_bias)
-    if rows.window is not None and keys > rows.window:
+        scores[..., earlier:].add_(later_bias)
+    if rows.window is not None and earlier + queries > rows.window:
         window_bias = _hiding_bias(
-            queries,
-            min(queries, keys),
-            start - first_key - rows.window,
-            repeats,
-            query_HTD.dtype,
-            query_HTD.device,
-            low=True,
+            queries, min(queries, keys), earlier - rows.window, repeats, query.dtype, query.device, low=True
         )
         scores[..., :queries].add_(window_bias)
 
     if sinks_H is None:
-        return scores.softmax(-1)[..., :keys].contiguous(), slope
-    exact = torch.promote_types(query_HTD.dtype, torch.float32)
+        return scores.softmax(-1), slope
+    exact = torch.promote_types(query.dtype, torch.float32)
     scores = scores.to(exact)
-    sink = sinks_H.to(exact).view(groups, -1).repeat_interleave(queries, 1)[..., None]
+    sink_GRQ = sinks_H.to(exact).view(-1, repeats, 1).expand(-1, -1, queries)
+    sink = sink_GRQ.flatten(1).repeat(len(group.blocks), 1)[..., None]
     total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)
-    return scores.sub_(total).exp_()[..., :keys].to(query_HTD.dtype), slope
+    return scores.sub_(total).exp_().to(query.dtype), slope

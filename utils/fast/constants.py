@@ -5,6 +5,11 @@ from __future__ import annotations
 # The number of queries in one block of attention. The scores of such a block fit in the CPU cache. No scores are
 # computed for keys after the block.
 QUERY_BLOCK = 128
+# The numbers of queries and keys of a block are padded to a multiple of this. With 16-bit scores, torch's softmax is
+# fast only for such numbers of keys. Blocks of equal padded shapes are computed together.
+PADDED = 32
+# The largest number of attention scores of such a group: 8 MiB in 16 bits.
+GROUP_SCORES = 2**22
 # The attention weights of a block are saved for the backward pass if the block has at most this many keys. The weights
 # of all other blocks are computed again.
 KEPT_KEYS = 384
@@ -17,6 +22,11 @@ GPU_CHUNK_LOGITS = 2**28
 GPU_ROWS = 128
 # The number of values that the optimizer of bf16 weights updates together. Each takes about 32 temporary bytes.
 STEP_CHUNK = 2**21
+
+
+def padded(count: int) -> int:
+    """Return a number of queries or keys, rounded up to a multiple of PADDED."""
+    return -(-count // PADDED) * PADDED
 
 
 def chunk_rows(vocabulary: int, *, on_gpu: bool) -> int:

@@ -1,6 +1,7 @@
 """The rows of a concatenated batch, as attention layers and recurrent layers get them.
 
-Shapes in names: T tokens of all rows, B rows, L length of the longest row of a group.
+Shapes in names: T tokens of all rows, B rows or blocks of a group, L length of its longest row, G key heads, R query
+heads per key head, H = G * R, Q queries of a block, K keys of a block, N padded queries of all blocks and heads.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from utils.base.device import send
-from utils.fast.constants import QUERY_BLOCK
+from utils.fast.constants import GROUP_SCORES, QUERY_BLOCK, padded
 from utils.fast.flex_rows import row_block_mask
 
 T = TypeVar('T')
@@ -27,6 +28,36 @@ class Block(NamedTuple):
     first_key: int
     start: int
     end: int
+
+
+class BlockGroup(NamedTuple):
+    """Blocks of different rows that have the same shape after padding, so that one matrix product computes all.
+
+    Each block has `queries` queries, `earlier` keys before its first query, and `keys` keys. Padding is at the end, so
+    that causal attention hides the padded keys. `first` is the index of the group's first query in `QueryIndices`.
+    """
+
+    blocks: tuple[Block, ...]
+    queries: int
+    earlier: int
+    keys: int
+    first: int
+
+
+class QueryIndices(NamedTuple):
+    """Indices that turn queries (T * H, D) into padded queries (N, D), which all groups of blocks share.
+
+    The order of the N padded queries is (group, block, key head, query head of this key head, query). So the queries of
+    a group are (B, G, R, Q, D), where B is the number of blocks. Indices of keys work in the same way, with one head
+    per key head.
+
+    queries[take] are the padded queries. At padding, `take` has the last query of the block, and `is_real` (N, 1) is
+    False. `is_real` is None without padding. padded[place] are the T * H queries again.
+    """
+
+    take: torch.Tensor
+    place: torch.Tensor
+    is_real: torch.Tensor | None
 
 
 class DeviceTensors:
@@ -118,6 +149,69 @@ class RowMask:
                 yield Block(first_key, start, min(start + QUERY_BLOCK, row_end))
             row_start = row_end
 
+    def block_groups(self, heads: int) -> list[BlockGroup]:
+        """Return all blocks in groups of equal padded shapes. The numbers of queries and keys are padded to PADDED.
+
+        The scores of a group, of all `heads` query heads, are at most GROUP_SCORES, so that they need little memory.
+        """
+        by_shape: dict[tuple[int, int], list[Block]] = {}
+        for block in self.blocks():
+            queries = padded(block.end - block.start)
+            by_shape.setdefault((block.start - block.first_key, queries), []).append(block)
+
+        groups = []
+        first = 0
+        for (earlier, queries), blocks in sorted(by_shape.items()):
+            keys = padded(earlier + queries)
+            most = max(1, GROUP_SCORES // (heads * queries * keys))
+            for start in range(0, len(blocks), most):
+                chosen = tuple(blocks[start : start + most])
+                groups.append(BlockGroup(chosen, queries, earlier, keys, first))
+                first += len(chosen) * queries
+        return groups
+
+    def query_indices(self, groups: list[BlockGroup], heads: int, repeats: int, device: torch.device) -> QueryIndices:
+        """Return the indices of the queries of all groups of blocks, for `heads` key heads with `repeats` query heads.
+
+        With `repeats` 1 these are the indices of the keys at the positions of the queries.
+        """
+
+        def make() -> QueryIndices:
+            count = heads * repeats
+            head_GR11 = torch.arange(count).view(heads, repeats, 1, 1)
+            place_TH = torch.empty(self.tokens, count, dtype=torch.long)
+            take = []
+            real = []
+            for group in groups:
+                position_BQ, is_real_BQ = _positions(group, group.earlier, group.queries)
+                shape = (len(group.blocks), heads, repeats, group.queries)
+                take.append((position_BQ[:, None, None] * count + head_GR11[..., 0]).flatten())
+                real.append(is_real_BQ[:, None, None].expand(shape).flatten())
+                index = torch.arange(take[-1].numel()).view(shape) + group.first * count
+                place_TH[position_BQ[is_real_BQ]] = index.permute(0, 3, 1, 2).flatten(2)[is_real_BQ]
+
+            is_real = torch.cat(real)
+            tensors = {'take': torch.cat(take), 'place': place_TH.flatten(), 'is_real': is_real[:, None]}
+            if bool(is_real.all()):
+                del tensors['is_real']
+            sent = send(tensors, device)
+            return QueryIndices(sent['take'], sent['place'], sent.get('is_real'))
+
+        return self.tensors.get(f'query_indices {self.window} {heads} {repeats}', device, make)
+
+    def key_indices(self, groups: list[BlockGroup], heads: int, device: torch.device) -> list[torch.Tensor]:
+        """Return, for each group of blocks, the indices of its keys in a tensor (T * heads, D), as (B * heads * K)."""
+
+        def make() -> list[torch.Tensor]:
+            head_G1 = torch.arange(heads)[:, None]
+            made = {}
+            for number, group in enumerate(groups):
+                position_BK, _ = _positions(group, 0, group.keys)
+                made[str(number)] = (position_BK[:, None] * heads + head_G1).flatten()
+            return list(send(made, device).values())
+
+        return self.tensors.get(f'key_indices {self.window} {heads}', device, make)
+
     def groups(self) -> Iterator[list[tuple[int, int]]]:
         """Yield groups of rows of similar length. A group is a list of (start, length), with the longest row first.
 
@@ -133,6 +227,17 @@ class RowMask:
                 group = []
             group.append((start, length))
         yield group
+
+
+def _positions(group: BlockGroup, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the positions of `count` keys of each block (B, count), from the key with the index `start`.
+
+    Also returns whether these keys exist (B, count). The position of a key that does not exist is that of the last key.
+    """
+    first_B1 = torch.tensor([block.first_key for block in group.blocks])[:, None]
+    last_B1 = torch.tensor([block.end - 1 for block in group.blocks])[:, None]
+    position_BC = first_B1 + torch.arange(start, start + count)
+    return position_BC.minimum(last_B1), position_BC <= last_B1
 
 
 # The rows of the batch that is computed now, as a RowMask whose `window` is None.
