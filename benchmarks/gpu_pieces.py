@@ -213,7 +213,7 @@ def loss_in_place() -> Found:
     found: Found = {'ok': True}
     for vocabulary, scale, cap in ((152_064, 1.0, None), (50_257, 0.25, 30.0)):
         for dtype in BOUND:
-            rows = chunk_rows(vocabulary, on_gpu=True)
+            rows = chunk_rows(vocabulary, dtype.itemsize, on_gpu=True)
             logits = 3 * torch.randn(rows, vocabulary, device=device()).to(dtype)
             targets = torch.randint(vocabulary, (rows,), device=device())
             exact = logits.double().requires_grad_()
@@ -229,7 +229,7 @@ def loss_in_place() -> Found:
             found['ok'] &= errors[0] <= 1e-5 and errors[1] <= BOUND[dtype]
             found[f'{vocabulary} {dtype}'] = max(errors)
 
-    logits = torch.randn(chunk_rows(152_064, on_gpu=True), 152_064, device=device()).bfloat16().requires_grad_()
+    logits = torch.randn(chunk_rows(152_064, 2, on_gpu=True), 152_064, device=device()).bfloat16().requires_grad_()
     targets = torch.randint(152_064, (len(logits),), device=device())
     kernel = loss_kernel(torch.bfloat16, 152_064, 1.0, None, device())
     assert kernel is not None

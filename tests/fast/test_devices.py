@@ -202,12 +202,17 @@ class Config:
 
 
 def test_chunks_of_logits_suit_the_device_and_the_estimate_counts_them() -> None:
-    from utils.fast.constants import chunk_rows
+    from utils.fast.constants import chunk_memory, chunk_rows, part_rows
 
-    assert [chunk_rows(size, on_gpu=False) for size in (400, 49152, 10**7)] == [20971, 170, 16]
-    assert [chunk_rows(size, on_gpu=True) for size in (49152, 152064, 10**8)] == [5376, 1664, 128]
-    assert Head(torch.nn.Linear(2, 152064, device=OTHER)).chunk() == 1664
-    assert Head(torch.nn.Linear(2, 49152)).chunk() == 170
+    assert [chunk_rows(size, 4, on_gpu=False) for size in (400, 49152, 10**7)] == [20971, 170, 16]
+    assert [chunk_rows(size, 2, on_gpu=False) for size in (400, 49152, 10**7)] == [41943, 341, 16]
+    assert [chunk_rows(size, 2, on_gpu=True) for size in (49152, 152064, 10**8)] == [5376, 1664, 128]
+    assert [part_rows(size, on_gpu=False) for size in (400, 49152, 10**7)] == [2621, 21, 1]
+    assert Head(torch.nn.Linear(2, 152064, device=OTHER)).chunk(torch.bfloat16) == 1664
+    assert Head(torch.nn.Linear(2, 49152)).chunk(torch.bfloat16) == 341
+    assert chunk_memory(341, 49152, 2, on_gpu=False) == 341 * 49152 * 2 + 21 * 49152 * 4
+    assert chunk_memory(10, 49152, 2, on_gpu=False) == 10 * 49152 * (2 + 4)
+    assert chunk_memory(341, 49152, 4, on_gpu=False) == chunk_memory(341, 49152, 4, on_gpu=True) == 341 * 49152 * 4
 
     sizes = {'layers': 2, 'hidden': 64, 'vocabulary': 152064}
     shape: Any = SimpleNamespace(**sizes, head=0, embedding=152064 * 64)
@@ -216,7 +221,7 @@ def test_chunks_of_logits_suit_the_device_and_the_estimate_counts_them() -> None
         logits, _ = _head(shape, Mode(full=False, compute=2), batch)
         assert logits == rows * 152064 * 2 + 3 * tokens * 64 * 2
         on_cpu, _ = _head(shape, Mode(full=False, compute=2, gpu=False), batch)
-        assert on_cpu == min(tokens, 55) * 152064 * 6 + 3 * tokens * 64 * 2
+        assert on_cpu == min(tokens, 110) * 152064 * 2 + 6 * 152064 * 4 + 3 * tokens * 64 * 2
         logits, gradient = _head(shape, Mode(full=True, compute=2, trained=2), batch)
         adding = 4 * 152064 * 64 if tokens > rows else 0
         assert logits - gradient == rows * 152064 * 2 + 3 * tokens * 64 * 2 + adding

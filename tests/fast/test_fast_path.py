@@ -159,7 +159,8 @@ def test_head_and_loss_in_chunks(scale: float, cap: float | None, bias: bool, mo
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction='sum') / 7
     wanted = [hidden, *linear.parameters()]
     gradients = torch.autograd.grad(2 * expected, wanted)
-    monkeypatch.setattr(constants, 'CHUNK_LOGITS', 1600)  # 16 positions
+    monkeypatch.setattr(constants, 'CHUNK_BYTES', 6400)  # 16 positions
+    monkeypatch.setattr(constants, 'PART_LOGITS', 500)  # 5 of them
     head = Head(linear, scale=scale, cap=cap)
     with Largest() as largest:
         found = chunked_loss.summed_loss(hidden, targets, head, 7)
@@ -196,8 +197,8 @@ def test_a_kernel_for_the_loss_needs_no_logits_in_fp32(
         return losses
 
     monkeypatch.setattr(chunked_loss, 'loss_kernel', lambda *args: asked.append(args) or kernel)
-    monkeypatch.setattr(chunked_loss, '_logits', None)
-    monkeypatch.setattr(constants, 'CHUNK_LOGITS', 1600)  # 16 positions
+    monkeypatch.setattr(chunked_loss, '_exact', None)
+    monkeypatch.setattr(constants, 'CHUNK_BYTES', 3200)  # 16 positions
     found = chunked_loss.summed_loss(hidden, targets, head, 7)
     ours = torch.autograd.grad(2 * found, wanted)
     losses, hits = chunked_loss.scored(hidden, targets, head)

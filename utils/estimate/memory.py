@@ -18,8 +18,8 @@ from utils.fast.constants import (
     KEPT_KEYS,
     QUERY_BLOCK,
     STEP_CHUNK,
+    chunk_memory,
     chunk_rows,
-    logit_bytes,
     padded,
 )
 from utils.loading.layers import adapter_size, named_by
@@ -322,9 +322,8 @@ def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     if not mode.chunked:
         return batch.trained * shape.vocabulary * (2 * c + 8), 0
 
-    in_chunk = chunk_rows(shape.vocabulary, on_gpu=mode.gpu)
-    rows = min(batch.trained, in_chunk)
-    chunk = rows * shape.vocabulary * logit_bytes(c, on_gpu=mode.gpu)
+    in_chunk = chunk_rows(shape.vocabulary, c, on_gpu=mode.gpu)
+    chunk = chunk_memory(min(batch.trained, in_chunk), shape.vocabulary, c, on_gpu=mode.gpu)
     hidden = 3 * batch.trained * shape.hidden * c
     if not mode.full and not mode.trains_head:
         return chunk + hidden, 0

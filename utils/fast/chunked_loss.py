@@ -5,7 +5,7 @@ Shapes in names: P trained positions, N positions of one chunk, V vocabulary, C 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from utils.base.device import sum_dtype
-from utils.fast.constants import chunk_rows
+from utils.fast.constants import chunk_rows, part_rows
 from utils.fast.kernel_trial import LossStep, loss_kernel
 
 # In fp16, small probabilities would become zero before the trainer's loss scale multiplies them.
@@ -84,9 +84,9 @@ class Head:
             linear.bias = nn.Parameter(bias_V.detach(), requires_grad=False)
         return replace(self, linear=linear)
 
-    def chunk(self) -> int:
-        """Return the number of positions in one chunk."""
-        return chunk_rows(self.size, on_gpu=self.device.type != 'cpu')
+    def chunk(self, dtype: torch.dtype) -> int:
+        """Return the number of positions in one chunk, if the logits are computed in this dtype."""
+        return chunk_rows(self.size, dtype.itemsize, on_gpu=self.device.type != 'cpu')
 
 
 def find_head(model: Any) -> Head | None:
@@ -161,7 +161,7 @@ def head_is_exact(model: Any, head: Head, ids: torch.Tensor) -> bool:
         expected_TV = model(input_ids=ids, use_cache=False).logits[0].float()
         handle.remove()
         hidden_TC = collected[0][0].to(weight_VC.device, weight_VC.dtype)
-        found_TV = _logits(hidden_TC, weight_VC, head, _Buffers())[0].to(expected_TV.device)
+        found_TV = _logits(hidden_TC, weight_VC, head).to(expected_TV.device)
 
     model.train(training)
     bound = 8 * torch.finfo(weight_VC.dtype).eps * float(expected_TV.abs().max())
@@ -194,21 +194,22 @@ def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tupl
     weight_VC = head.weight
     dtype = _compute_dtype(head, weight_VC)
     weight_VC = weight_VC.to(dtype)
-    size = head.chunk()
+    size = head.chunk(dtype)
     buffers = _Buffers()
     kernel = _kernel_for(head, weight_VC)
 
     losses = []
     hits = []
     for hidden_NC, targets_N in zip(hidden_PC.split(size), targets_P.split(size), strict=True):
+        logits_NV = _products(hidden_NC.to(dtype), weight_VC, head, buffers)
         if kernel is not None:
-            logits_NV = _products(hidden_NC.to(dtype), weight_VC, head, buffers)
             hits.append(logits_NV.argmax(dim=-1) == targets_N)  # scale and cap keep the order of the logits
             losses.append(kernel(logits_NV, targets_N, 1.0))
             continue
-        logits_NV, _ = _logits(hidden_NC.to(dtype), weight_VC, head, buffers)
-        losses.append(F.cross_entropy(logits_NV, targets_N, reduction='none'))
-        hits.append(logits_NV.argmax(dim=-1) == targets_N)
+        for part_BV, targets_B in _parts(logits_NV, targets_N):
+            exact_BV, _ = _exact(part_BV, head, buffers)
+            losses.append(F.cross_entropy(exact_BV, targets_B, reduction='none'))
+            hits.append(exact_BV.argmax(dim=-1) == targets_B)
     return torch.cat(losses), torch.cat(hits)
 
 
@@ -216,7 +217,7 @@ def head_logits(hidden_NC: torch.Tensor, head: Head) -> torch.Tensor:
     """Return the logits (N, V) of the hidden states in fp32. All N positions are computed at the same time."""
     weight_VC = head.weight
     dtype = _compute_dtype(head, weight_VC)
-    return _logits(hidden_NC.to(weight_VC.device, dtype), weight_VC.to(dtype), head, _Buffers())[0]
+    return _logits(hidden_NC.to(weight_VC.device, dtype), weight_VC.to(dtype), head)
 
 
 def _compute_dtype(head: Head, weight: torch.Tensor) -> torch.dtype:
@@ -230,14 +231,14 @@ class _Buffers:
     def __init__(self) -> None:
         self._by_dtype: dict[torch.dtype, torch.Tensor] = {}
 
-    def take(self, rows: int, weight_VC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised tensor (rows, V) of this dtype, in the memory of the tensor that was returned before.
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return an uninitialised tensor of this shape, in the memory of the last returned tensor of this dtype.
 
-        No call may ask for more rows than the first call.
+        No call may ask for a larger first dimension than the first call.
         """
         if dtype not in self._by_dtype:
-            self._by_dtype[dtype] = weight_VC.new_empty(rows, len(weight_VC), dtype=dtype)
-        return self._by_dtype[dtype][:rows]
+            self._by_dtype[dtype] = torch.empty(*shape, dtype=dtype, device=device)
+        return self._by_dtype[dtype][: shape[0]]
 
 
 def _kernel_for(head: Head, weight_VC: torch.Tensor) -> LossStep | None:
@@ -248,7 +249,7 @@ def _kernel_for(head: Head, weight_VC: torch.Tensor) -> LossStep | None:
 def _products(hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head, buffers: _Buffers) -> torch.Tensor:
     """Return W h + b (N, V) in the dtype of the weight, in a buffer that the next chunk overwrites."""
     bias_V = head.bias
-    products_NV = buffers.take(len(hidden_NC), weight_VC, weight_VC.dtype)
+    products_NV = buffers.take((len(hidden_NC), len(weight_VC)), weight_VC.dtype, weight_VC.device)
     if bias_V is None:
         torch.mm(hidden_NC, weight_VC.t(), out=products_NV)
     else:
@@ -256,16 +257,21 @@ def _products(hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head, buff
     return products_NV
 
 
-def _logits(
-    hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head, buffers: _Buffers
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _logits(hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head) -> torch.Tensor:
+    """Return the logits (N, V) in fp32."""
+    buffers = _Buffers()
+    return _exact(_products(hidden_NC, weight_VC, head, buffers), head, buffers)[0]
+
+
+def _exact(products_NV: torch.Tensor, head: Head, buffers: _Buffers) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return two tensors: the logits (N, V) in fp32, and the derivative of the cap (N, V).
 
-    If the head has no cap, the second value is None, and the logits are in a buffer that the next chunk overwrites.
+    `products_NV` is W h + b. If it is in fp32, it is overwritten. If the head has no cap, the second value is None, and
+    the logits are in a buffer that the next call overwrites.
     """
-    logits_NV = _products(hidden_NC, weight_VC, head, buffers)
-    if logits_NV.dtype != torch.float32:
-        logits_NV = buffers.take(len(hidden_NC), weight_VC, torch.float32).copy_(logits_NV)
+    logits_NV = products_NV
+    if products_NV.dtype != torch.float32:
+        logits_NV = buffers.take(products_NV.shape, torch.float32, products_NV.device).copy_(products_NV)
     if head.scale != 1.0:
         logits_NV.mul_(head.scale)
     if head.cap is None:
@@ -274,34 +280,38 @@ def _logits(
     return ratio_NV * head.cap, 1 - ratio_NV.square()
 
 
-def _losses_and_gradient(
-    hidden_NC: torch.Tensor,
-    weight_VC: torch.Tensor,
-    targets_N: torch.Tensor,
-    head: Head,
-    factor: float,
-    buffers: _Buffers,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return -log p(target) of each position (N), and the gradient with respect to W h + b (N, V), in fp32.
+def _parts(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield parts of a chunk, (B, V) and (B), for calculations in fp32. A part is small enough for the CPU cache."""
+    size = part_rows(logits_NV.shape[1], on_gpu=logits_NV.device.type != 'cpu')
+    yield from zip(logits_NV.split(size), targets_N.split(size), strict=True)
 
-    The gradient is that of the sum of the losses, multiplied by `factor`. It is in a buffer that the next chunk
-    overwrites.
+
+def _loss_in_place(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, factor: float, head: Head, buffers: _Buffers
+) -> torch.Tensor:
+    """Return -log p(target) of each position (N), and overwrite the logits with the gradient.
+
+    `logits_NV` is W h + b. The gradient is that of the sum of the losses, multiplied by `factor`, with respect to this
+    matrix. It is computed in fp32 and rounded to the dtype of the logits.
     """
-    logits_NV, slope_NV = _logits(hidden_NC, weight_VC, head, buffers)
-    max_N1 = logits_NV.amax(dim=1, keepdim=True)
-    target_logit_N1 = logits_NV.gather(1, targets_N[:, None])
-    exp_sum_N1 = logits_NV.sub_(max_N1).exp_().sum(dim=1, keepdim=True)
-    losses_N1 = exp_sum_N1.log() + max_N1 - target_logit_N1
+    losses = []
+    for part_BV, targets_B in _parts(logits_NV, targets_N):
+        exact_BV, slope_BV = _exact(part_BV, head, buffers)
+        max_B1 = exact_BV.amax(dim=1, keepdim=True)
+        target_logit_B1 = exact_BV.gather(1, targets_B[:, None])
+        exp_sum_B1 = exact_BV.sub_(max_B1).exp_().sum(dim=1, keepdim=True)
+        losses.append((exp_sum_B1.log() + max_B1 - target_logit_B1).squeeze(1))
 
-    # The gradient of the logits is the softmax, minus one at the target.
-    gradient_NV = logits_NV.mul_(factor / exp_sum_N1)
-    # Each position has one target, so nothing is added twice and the result does not depend on an order.
-    gradient_NV[torch.arange(len(logits_NV), device=logits_NV.device), targets_N] -= factor
-    if slope_NV is not None:
-        gradient_NV.mul_(slope_NV)
-    if head.scale != 1.0:
-        gradient_NV.mul_(head.scale)
-    return losses_N1.squeeze(1), gradient_NV
+        # The gradient of the logits is the softmax, minus one at the target.
+        gradient_BV = exact_BV.mul_(factor / exp_sum_B1)
+        # Each position has one target, so nothing is added twice and the result does not depend on an order.
+        gradient_BV[torch.arange(len(part_BV), device=part_BV.device), targets_B] -= factor
+        if slope_BV is not None:
+            gradient_BV.mul_(slope_BV)
+        if head.scale != 1.0:
+            gradient_BV.mul_(head.scale)
+        part_BV.copy_(gradient_BV)
+    return torch.cat(losses)
 
 
 def _product_in_fp32(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -337,7 +347,7 @@ class _SummedLoss(torch.autograd.Function):
         # In fp16 training the gradient of the hidden states stays in fp32 until it is multiplied by the loss scale.
         hidden_grad_dtype = torch.float32 if dtype == torch.float16 else dtype
         compute_weight_VC = weight_VC.to(dtype)
-        size = head.chunk()
+        size = head.chunk(dtype)
         buffers = _Buffers()
         kernel = _kernel_for(head, compute_weight_VC)
 
@@ -352,26 +362,21 @@ class _SummedLoss(torch.autograd.Function):
         for start in range(0, len(targets_P), size):
             hidden_NC = hidden_PC[start : start + size].to(dtype)
             targets_N = targets_P[start : start + size]
+            grad_NV = _products(hidden_NC, compute_weight_VC, head, buffers)  # the logits, until the next line
             if kernel is None:
-                losses_N, logits_grad_NV = _losses_and_gradient(
-                    hidden_NC, compute_weight_VC, targets_N, head, inner_scale, buffers
-                )
+                losses_N = _loss_in_place(grad_NV, targets_N, inner_scale, head, buffers)
             else:
-                logits_grad_NV = _products(hidden_NC, compute_weight_VC, head, buffers)
-                losses_N = kernel(logits_grad_NV, targets_N, inner_scale)
+                losses_N = kernel(grad_NV, targets_N, inner_scale)
             total += losses_N.to(total.dtype).sum()
 
-            low_grad_NV = logits_grad_NV
-            if logits_grad_NV.dtype != dtype:
-                low_grad_NV = buffers.take(len(hidden_NC), compute_weight_VC, dtype).copy_(logits_grad_NV)
-            hidden_grad_PC[start : start + size] = low_grad_NV @ compute_weight_VC
+            hidden_grad_PC[start : start + size] = grad_NV @ compute_weight_VC
             if ctx.needs_input_grad[1]:
-                part_VC = _product_in_fp32(low_grad_NV.t(), hidden_NC)
+                part_VC = _product_in_fp32(grad_NV.t(), hidden_NC)
                 weight_grad_VC = part_VC.float() if weight_grad_VC is None else weight_grad_VC.add_(part_VC)
             if bias_grad_V is not None:
-                bias_grad_V += logits_grad_NV.sum(dim=0, dtype=torch.float32)
+                bias_grad_V += grad_NV.sum(dim=0, dtype=torch.float32)
             if values_grad_RC is not None and rows_R is not None:
-                values_grad_RC += low_grad_NV.index_select(1, rows_R).t() @ hidden_NC
+                values_grad_RC += grad_NV.index_select(1, rows_R).t() @ hidden_NC
 
         if ctx.needs_input_grad[1] and weight_grad_VC is None:  # there is no position
             weight_grad_VC = torch.zeros_like(weight_VC, dtype=torch.float32)

@@ -13,13 +13,17 @@ GROUP_SCORES = 2**22
 # The attention weights of a block are saved for the backward pass if the block has at most this many keys. The weights
 # of all other blocks are computed again.
 KEPT_KEYS = 384
-# The number of logits in one chunk of the loss on a CPU: 32 MiB in fp32. Smaller chunks make matrix products slower.
-# Larger chunks need more memory and are not faster.
-CHUNK_LOGITS = 2**23
-# The same on a GPU: 0.5 GiB in 16 bits. A GPU reads the weight of the head once for each chunk, and its matrix products
-# are fast only with many positions. Their number is a multiple of GPU_ROWS, the size of a tile of these products.
+# The number of bytes of the logits in one chunk of the loss on a CPU: 32 MiB. Each chunk reads the weight of the head,
+# so smaller chunks are slower. Larger chunks need more memory.
+CHUNK_BYTES = 2**25
+# On a GPU, the number of logits in one chunk: 0.5 GiB in 16 bits. Matrix products on a GPU are fast only with many
+# positions. Their number is a multiple of GPU_ROWS, the size of a tile of these products.
 GPU_CHUNK_LOGITS = 2**28
 GPU_ROWS = 128
+# The number of logits of a chunk that are converted to fp32 together: 4 MiB on a CPU, which fits in its cache. On a GPU
+# this is done only if the kernel for the loss cannot be used.
+PART_LOGITS = 2**20
+GPU_PART_LOGITS = 2**26
 # The number of values that the optimizer of bf16 weights updates together. Each takes about 32 temporary bytes.
 STEP_CHUNK = 2**21
 
@@ -29,17 +33,25 @@ def padded(count: int) -> int:
     return -(-count // PADDED) * PADDED
 
 
-def chunk_rows(vocabulary: int, *, on_gpu: bool) -> int:
-    """Return the number of positions in one chunk of the loss."""
+def chunk_rows(vocabulary: int, compute: int, *, on_gpu: bool) -> int:
+    """Return the number of positions in one chunk of the loss. `compute` is the number of bytes of a logit."""
     if on_gpu:
         return max(GPU_ROWS, GPU_CHUNK_LOGITS // vocabulary // GPU_ROWS * GPU_ROWS)
-    return max(16, CHUNK_LOGITS // vocabulary)
+    return max(16, CHUNK_BYTES // (vocabulary * compute))
 
 
-def logit_bytes(compute: int, *, on_gpu: bool) -> int:
-    """Return the bytes that the loss needs for each logit of a chunk.
+def part_rows(vocabulary: int, *, on_gpu: bool) -> int:
+    """Return the number of positions of a chunk that are converted to fp32 together."""
+    return max(1, (GPU_PART_LOGITS if on_gpu else PART_LOGITS) // vocabulary)
 
-    `compute` is the number of bytes of a value in the compute dtype. A kernel on a GPU overwrites the logits with their
-    gradient. Elsewhere, 16-bit logits are copied to fp32.
+
+def chunk_memory(rows: int, vocabulary: int, compute: int, *, on_gpu: bool) -> int:
+    """Return the bytes that the loss of a chunk of `rows` positions needs.
+
+    `compute` is the number of bytes of a logit. The logits are overwritten with their gradient. On a GPU a kernel does
+    this. On a CPU, 16-bit logits are converted to fp32 in parts.
     """
-    return compute if on_gpu or compute == 4 else compute + 4
+    logits = rows * vocabulary * compute
+    if on_gpu or compute == 4:
+        return logits
+    return logits + 4 * min(rows, part_rows(vocabulary, on_gpu=False)) * vocabulary
