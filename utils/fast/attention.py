@@ -331,9 +331,9 @@ class RowAttention(torch.autograd.Function):
         width = value_GTE.shape[-1]
         padded = _PaddedBlocks(query_HTD, key_GTD, value_GTE, rows)
 
-        out_NE = query_HTD.new_empty(len(padded.indices.take), width)
+        out_NE = query_HTD.new_empty(len(padded.plan.queries.take), width)
         kept = []
-        for number, group in enumerate(padded.groups):
+        for number, group in enumerate(padded.plan.groups):
             query, key, value = padded.inputs(number)
             weights, _ = _weights(query, key, sinks_H, group, ctx.settings)
             if _keeps_weights(group.keys, softcap):
@@ -341,7 +341,7 @@ class RowAttention(torch.autograd.Function):
             torch.bmm(weights, value, out=padded.part(out_NE, group))
 
         ctx.save_for_backward(query_HTD, key_GTD, value_GTE, sinks_H, *kept)
-        return _placed(out_NE, padded.indices.place, tokens, heads)
+        return _placed(out_NE, padded.plan.queries.place, tokens, heads)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -353,9 +353,9 @@ class RowAttention(torch.autograd.Function):
         exact = torch.promote_types(query_HTD.dtype, torch.float32)
         padded = _PaddedBlocks(query_HTD, key_GTD, value_GTE, rows)
 
-        out_grad_NE = grads[0].reshape(-1, grads[0].shape[-1]).index_select(0, padded.indices.take)
-        if padded.indices.is_real is not None:
-            out_grad_NE.mul_(padded.indices.is_real)  # 0 for padded queries, so they add nothing to any gradient
+        out_grad_NE = grads[0].reshape(-1, grads[0].shape[-1]).index_select(0, padded.plan.queries.take)
+        if padded.plan.queries.is_real is not None:
+            out_grad_NE.mul_(padded.plan.queries.is_real)  # 0 for padded queries, so they add nothing to any gradient
         query_grad_ND = torch.empty_like(padded.query_ND)
         sinks_grad_GR = None
         if sinks_H is not None:
@@ -363,7 +363,7 @@ class RowAttention(torch.autograd.Function):
 
         key_grad = _KeyGradient(key_GTD, padded)
         value_grad = _KeyGradient(value_GTE, padded)
-        for number, group in enumerate(padded.groups):
+        for number, group in enumerate(padded.plan.groups):
             query, key, value = padded.inputs(number)
             slope = None
             if _keeps_weights(group.keys, softcap):
@@ -388,7 +388,7 @@ class RowAttention(torch.autograd.Function):
             torch.bmm(scores_grad, key, out=padded.part(query_grad_ND, group))
             key_grad.add(group, scores_grad.mT, query)
 
-        query_grad_THD = _placed(query_grad_ND.mul_(scaling), padded.indices.place, tokens, heads)
+        query_grad_THD = _placed(query_grad_ND.mul_(scaling), padded.plan.queries.place, tokens, heads)
         sinks_grad_H = None
         if sinks_grad_GR is not None and sinks_H is not None:
             sinks_grad_H = sinks_grad_GR.flatten().to(sinks_H.dtype)
@@ -403,22 +403,16 @@ class _PaddedBlocks:
         self.heads = len(key_GTD)
         self.repeats = len(query_HTD) // self.heads
         self.tokens = query_HTD.shape[1]
-        self.rows = rows
-        self.groups = rows.block_groups(len(query_HTD))
-        device = query_HTD.device
-        self.indices = rows.query_indices(self.groups, self.heads, self.repeats, device)
-        self.own_keys = rows.query_indices(self.groups, self.heads, 1, device)
-        self.keys = rows.key_indices(self.groups, self.heads, device)
-        self.query_ND = _by_head(query_HTD).index_select(0, self.indices.take)
+        self.plan = rows.block_plan(self.heads, self.repeats, query_HTD.device)
+        self.query_ND = _by_head(query_HTD).index_select(0, self.plan.queries.take)
         self.key = _by_head(key_GTD)
         self.value = _by_head(value_GTE)
 
     def inputs(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return query (B * G, R * Q, D), key (B * G, K, D) and value (B * G, K, E) of a group of blocks."""
-        group = self.groups[number]
-        key, value = (
-            x.index_select(0, self.keys[number]).view(-1, group.keys, x.shape[-1]) for x in (self.key, self.value)
-        )
+        group = self.plan.groups[number]
+        indices = self.plan.keys(number)
+        key, value = (x.index_select(0, indices).view(-1, group.keys, x.shape[-1]) for x in (self.key, self.value))
         return self.part(self.query_ND, group), key, value
 
     def part(self, padded_ND: torch.Tensor, group: BlockGroup) -> torch.Tensor:
@@ -435,10 +429,10 @@ class _KeyGradient:
     def __init__(self, key_GTD: torch.Tensor, padded: _PaddedBlocks) -> None:
         self.padded = padded
         # Gradients from the block of the key's own position. Each key has exactly one.
-        self.own_ND = key_GTD.new_empty(len(padded.own_keys.take), key_GTD.shape[-1])
+        self.own_ND = key_GTD.new_empty(len(padded.plan.own_keys.take), key_GTD.shape[-1])
         # Gradients from later blocks of the row.
         self.later_TGD = None
-        if any(group.earlier for group in padded.groups):
+        if any(group.earlier for group in padded.plan.groups):
             exact = torch.promote_types(key_GTD.dtype, torch.float32)
             self.later_TGD = key_GTD.new_zeros(padded.tokens, padded.heads, key_GTD.shape[-1], dtype=exact)
 
@@ -461,7 +455,7 @@ class _KeyGradient:
     def total(self, scaling: float = 1.0) -> torch.Tensor:
         """Return the sum (G, T, D) of all gradients, multiplied by `scaling`."""
         padded = self.padded
-        total_TGD = _placed(self.own_ND, padded.own_keys.place, padded.tokens, padded.heads)
+        total_TGD = _placed(self.own_ND, padded.plan.own_keys.place, padded.tokens, padded.heads)
         if self.later_TGD is not None:
             total_TGD = self.later_TGD.add_(total_TGD)
         if scaling != 1.0:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from utils.base.device import send
-from utils.fast.constants import GROUP_SCORES, QUERY_BLOCK, padded
+from utils.fast.constants import GROUP_SCORES, KEPT_KEYS, QUERY_BLOCK, padded
 from utils.fast.flex_rows import row_block_mask
 
 T = TypeVar('T')
@@ -48,8 +48,8 @@ class QueryIndices(NamedTuple):
     """Indices that turn queries (T * H, D) into padded queries (N, D), which all groups of blocks share.
 
     The order of the N padded queries is (group, block, key head, query head of this key head, query). So the queries of
-    a group are (B, G, R, Q, D), where B is the number of blocks. Indices of keys work in the same way, with one head
-    per key head.
+    a group are (B, G, R, Q, D), where B is the number of blocks. The keys at these positions have such indices too,
+    with R = 1.
 
     queries[take] are the padded queries. At padding, `take` has the last query of the block, and `is_real` (N, 1) is
     False. `is_real` is None without padding. padded[place] are the T * H queries again.
@@ -58,6 +58,28 @@ class QueryIndices(NamedTuple):
     take: torch.Tensor
     place: torch.Tensor
     is_real: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan:
+    """The groups of blocks of a batch, and the indices that attention with `heads` key heads needs to compute them.
+
+    `own_keys` are the indices of the keys at the positions of the queries. `few_keys` has the indices of all keys of
+    each group, or None for a group with many keys per block: stored, they would take more memory than the keys.
+    """
+
+    groups: list[BlockGroup]
+    heads: int
+    queries: QueryIndices
+    own_keys: QueryIndices
+    few_keys: list[torch.Tensor | None]
+
+    def keys(self, number: int) -> torch.Tensor:
+        """Return the indices of the keys of the group with this number."""
+        stored = self.few_keys[number]
+        if stored is not None:
+            return stored
+        return key_indices(self.groups[number], self.heads, self.queries.take.device)
 
 
 class DeviceTensors:
@@ -170,47 +192,44 @@ class RowMask:
                 first += len(chosen) * queries
         return groups
 
-    def query_indices(self, groups: list[BlockGroup], heads: int, repeats: int, device: torch.device) -> QueryIndices:
-        """Return the indices of the queries of all groups of blocks, for `heads` key heads with `repeats` query heads.
+    def block_plan(self, heads: int, repeats: int, device: torch.device) -> BlockPlan:
+        """Return how attention with `heads` key heads, each with `repeats` query heads, computes the blocks."""
 
-        With `repeats` 1 these are the indices of the keys at the positions of the queries.
-        """
+        def make() -> BlockPlan:
+            groups = self.block_groups(heads * repeats)
+            return BlockPlan(
+                groups=groups,
+                heads=heads,
+                queries=self._query_indices(groups, heads, repeats, device),
+                own_keys=self._query_indices(groups, heads, 1, device),
+                few_keys=[key_indices(group, heads, device) if group.keys <= KEPT_KEYS else None for group in groups],
+            )
 
-        def make() -> QueryIndices:
-            count = heads * repeats
-            head_GR11 = torch.arange(count).view(heads, repeats, 1, 1)
-            place_TH = torch.empty(self.tokens, count, dtype=torch.long)
-            take = []
-            real = []
-            for group in groups:
-                position_BQ, is_real_BQ = _positions(group, group.earlier, group.queries)
-                shape = (len(group.blocks), heads, repeats, group.queries)
-                take.append((position_BQ[:, None, None] * count + head_GR11[..., 0]).flatten())
-                real.append(is_real_BQ[:, None, None].expand(shape).flatten())
-                index = torch.arange(take[-1].numel()).view(shape) + group.first * count
-                place_TH[position_BQ[is_real_BQ]] = index.permute(0, 3, 1, 2).flatten(2)[is_real_BQ]
+        return self.tensors.get(f'block_plan {self.window} {heads} {repeats}', device, make)
 
-            is_real = torch.cat(real)
-            tensors = {'take': torch.cat(take), 'place': place_TH.flatten(), 'is_real': is_real[:, None]}
-            if bool(is_real.all()):
-                del tensors['is_real']
-            sent = send(tensors, device)
-            return QueryIndices(sent['take'], sent['place'], sent.get('is_real'))
+    def _query_indices(self, groups: list[BlockGroup], heads: int, repeats: int, device: torch.device) -> QueryIndices:
+        count = heads * repeats
+        head_GR1 = torch.arange(count).view(heads, repeats, 1)
+        place_TH = torch.empty(self.tokens, count, dtype=torch.long)
+        take = []
+        real = []
+        for group in groups:
+            start_B1 = torch.tensor([block.start for block in group.blocks])[:, None]
+            last_B1 = torch.tensor([block.end - 1 for block in group.blocks])[:, None]
+            position_BQ = start_B1 + torch.arange(group.queries)
+            is_real_BQ = position_BQ <= last_B1
+            shape_BGRQ = (len(group.blocks), heads, repeats, group.queries)
+            take.append((position_BQ.minimum(last_B1)[:, None, None] * count + head_GR1).flatten())
+            real.append(is_real_BQ[:, None, None].expand(shape_BGRQ).flatten())
+            index_BGRQ = torch.arange(take[-1].numel()).view(shape_BGRQ) + group.first * count
+            place_TH[position_BQ[is_real_BQ]] = index_BGRQ.permute(0, 3, 1, 2).flatten(2)[is_real_BQ]
 
-        return self.tensors.get(f'query_indices {self.window} {heads} {repeats}', device, make)
-
-    def key_indices(self, groups: list[BlockGroup], heads: int, device: torch.device) -> list[torch.Tensor]:
-        """Return, for each group of blocks, the indices of its keys in a tensor (T * heads, D), as (B * heads * K)."""
-
-        def make() -> list[torch.Tensor]:
-            head_G1 = torch.arange(heads)[:, None]
-            made = {}
-            for number, group in enumerate(groups):
-                position_BK, _ = _positions(group, 0, group.keys)
-                made[str(number)] = (position_BK[:, None] * heads + head_G1).flatten()
-            return list(send(made, device).values())
-
-        return self.tensors.get(f'key_indices {self.window} {heads}', device, make)
+        is_real = torch.cat(real)
+        tensors = {'take': torch.cat(take), 'place': place_TH.flatten(), 'is_real': is_real[:, None]}
+        if bool(is_real.all()):
+            del tensors['is_real']
+        sent = send(tensors, device)
+        return QueryIndices(sent['take'], sent['place'], sent.get('is_real'))
 
     def groups(self) -> Iterator[list[tuple[int, int]]]:
         """Yield groups of rows of similar length. A group is a list of (start, length), with the longest row first.
@@ -229,15 +248,14 @@ class RowMask:
         yield group
 
 
-def _positions(group: BlockGroup, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the positions of `count` keys of each block (B, count), from the key with the index `start`.
+def key_indices(group: BlockGroup, heads: int, device: torch.device) -> torch.Tensor:
+    """Return the indices (B * heads * K) of the keys of a group of blocks in a tensor (T * heads, D).
 
-    Also returns whether these keys exist (B, count). The position of a key that does not exist is that of the last key.
+    At padding, the index is that of the last key of the block.
     """
-    first_B1 = torch.tensor([block.first_key for block in group.blocks])[:, None]
-    last_B1 = torch.tensor([block.end - 1 for block in group.blocks])[:, None]
-    position_BC = first_B1 + torch.arange(start, start + count)
-    return position_BC.minimum(last_B1), position_BC <= last_B1
+    offset_K = torch.arange(group.keys, device=device)
+    position_BK = torch.stack([(block.first_key + offset_K).clamp_(max=block.end - 1) for block in group.blocks])
+    return (position_BK[:, None] * heads + torch.arange(heads, device=device)[:, None]).flatten()
 
 
 # The rows of the batch that is computed now, as a RowMask whose `window` is None.
