@@ -220,10 +220,10 @@ def test_micro_batches_are_joined_up_to_what_fits_and_a_resumed_run_joins_alike(
     tries = False
     resumed = run_sft(*flags, '--resume_from_checkpoint', str(run / 'checkpoint-2'))
     assert_equal(resumed / 'checkpoint-4', run / 'checkpoint-4')
-    assert 'do not fit into the memory of this machine' not in caplog.text
+    assert 'does not fit into the memory of this machine' not in caplog.text
 
     most = longest
     joined.clear()
     run_sft(*flags, '--resume_from_checkpoint', str(run / 'checkpoint-2'), '--output_dir', str(tmp_path / 'small'))
     assert max(joined) == longest
-    assert f'batches of up to {fits} tokens, which do not fit into the memory of this machine' in caplog.text
+    assert f'a batch of up to {fits} tokens. Such a batch does not fit into the memory of this machine' in caplog.text
