@@ -343,7 +343,7 @@ def test_a_local_folder_or_file_of_the_same_name_wins_and_is_said(
         loopback.requests.clear()
     caplog.clear()
     assert queries('owner/name/') == queries('./owner/name') == (names('local'), [])
-    assert 'is read. A data set of a hub' not in caplog.text
+    assert 'is read. To read a data set of a hub' not in caplog.text
 
 
 def test_a_run_that_read_a_local_folder_is_not_repeated_with_a_data_set_of_a_hub(tmp_path: Path) -> None:
