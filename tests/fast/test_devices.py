@@ -225,6 +225,9 @@ def test_chunks_of_logits_suit_the_device_and_the_estimate_counts_them() -> None
         logits, gradient = _head(shape, Mode(full=True, compute=2, trained=2), batch)
         adding = 4 * 152064 * 64 if tokens > rows else 0
         assert logits - gradient == rows * 152064 * 2 + 3 * tokens * 64 * 2 + adding
+        on_cpu, gradient = _head(shape, Mode(full=True, compute=2, trained=2, gpu=False), batch)
+        adding = (6 if tokens > 110 else 2) * 152064 * 64  # the part in bf16, and after the first chunk in fp32 too
+        assert on_cpu - gradient == min(tokens, 110) * 152064 * 2 + 6 * 152064 * 4 + 3 * tokens * 64 * 2 + adding
 
 
 def test_the_gradient_of_the_head_is_not_rounded_on_cuda() -> None:

@@ -328,10 +328,10 @@ def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     if not mode.full and not mode.trains_head:
         return chunk + hidden, 0
 
-    # Each chunk after the first computes a part of the head's gradient, which is added to the sum in fp32. A CPU
-    # computes the part in the compute dtype, and then converts it.
-    part = 4 if mode.gpu else c + 4
-    adding = chunk + (table * part if batch.trained > in_chunk or not mode.gpu else 0)
+    # Each chunk computes a part of the head's gradient. The first part, in fp32, becomes the sum, and later parts are
+    # added to it. A CPU computes a part in the compute dtype, and then converts it.
+    computed = 0 if mode.gpu or c == 4 else c
+    adding = chunk + table * (computed + (4 if batch.trained > in_chunk else 0))
     # The sum is fp32. Under autocast, torch and chunked_loss.py each make a copy of the head's weights.
     copies = 2 * c if mode.autocasts else 0
     if not mode.full and c < 4:
