@@ -178,7 +178,8 @@ def test_a_missing_or_different_template_of_a_file_is_named() -> None:
     assert fault('a{{ b }}', 'a{{ b }}') is fault(None, None) is fault('x', {'tool_use': 'y', 'default': 'x'}) is None
     assert fault(None, 'x') == 'it has no chat template, unlike the merged model.'
     assert fault('x', None) == 'it has a chat template, unlike the merged model.'
-    assert fault('abc', 'abd') == 'its chat template and the chat template of the merged model differ from character 3 on.'
+    differs = 'its chat template and the chat template of the merged model differ from character 3 on.'
+    assert fault('abc', 'abd') == differs
 
 
 def test_a_python_that_cannot_be_run_is_an_error_of_the_checkout(tmp_path: Path) -> None:
