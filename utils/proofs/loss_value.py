@@ -21,9 +21,9 @@ from utils.encode.encoded import Encoded, cut_front, spans_of, trains_nothing
 from utils.run.record import record_proof
 from utils.train.trainer import SftTrainer
 
-# At most this many rows are compared, each cut to this many tokens, in batches of two rows and of one. They show a
-# wrong shift, mask, position, scale or count, and cost little time.
-_ROWS = 3
+# At most this many rows are compared, each cut to this many tokens. They show a wrong shift, mask, position, scale or
+# count, and cost little time.
+_ROWS = 4
 _MAX_TOKENS = 256
 _BATCH_ROWS = 2
 # The allowed difference as a fraction of the loss, in fp32 and in 16 bits. It is not 0, because sums over a batch are
