@@ -19,7 +19,7 @@ def search_cycles_seldom() -> None:
     gc.set_threshold(*_THRESHOLDS)
 
 
-def leave_imported_out() -> None:
+def freeze_imported() -> None:
     """Exclude all objects that exist now from searches for cycles. Call this function after the large imports.
 
     Modules, classes and functions live until the process ends. The trainer searches all objects once before the first

@@ -417,10 +417,7 @@ class _PaddedBlocks:
 
     def part(self, padded_ND: torch.Tensor, group: BlockGroup) -> torch.Tensor:
         """Return the part (B * G, R * Q, D) of padded queries, or of their gradients, that belongs to a group."""
-        heads = self.heads * self.repeats
-        start = group.first * heads
-        part = padded_ND[start : start + len(group.blocks) * heads * group.queries]
-        return part.view(-1, self.repeats * group.queries, padded_ND.shape[-1])
+        return group.part(padded_ND, self.heads, self.repeats)
 
 
 class _KeyGradient:
@@ -429,7 +426,7 @@ class _KeyGradient:
     def __init__(self, key_GTD: torch.Tensor, padded: _PaddedBlocks) -> None:
         self.padded = padded
         # Gradients from the block of the key's own position. Each key has exactly one.
-        self.own_ND = key_GTD.new_empty(len(padded.plan.own_keys.take), key_GTD.shape[-1])
+        self.own_ND = key_GTD.new_empty(len(padded.query_ND) // padded.repeats, key_GTD.shape[-1])
         # Gradients from later blocks of the row.
         self.later_TGD = None
         if any(group.earlier for group in padded.plan.groups):
@@ -438,24 +435,21 @@ class _KeyGradient:
 
     def add(self, group: BlockGroup, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add the products of `left` (B * G, K, R * Q) and `right` (B * G, R * Q, D) to the keys of a group."""
-        heads = self.padded.heads
-        start = group.first * heads
-        own = self.own_ND[start : start + len(group.blocks) * heads * group.queries]
-        own = own.view(-1, group.queries, own.shape[-1])
+        own = group.part(self.own_ND, self.padded.heads, 1)
         if self.later_TGD is None or group.earlier == 0:
             torch.bmm(left, right, out=own)
             return
 
         grad = torch.bmm(left, right)
         own.copy_(grad[:, group.earlier : group.earlier + group.queries])
-        earlier_BGKD = grad[:, : group.earlier].unflatten(0, (-1, heads))
+        earlier_BGKD = grad[:, : group.earlier].unflatten(0, (-1, self.padded.heads))
         for block, earlier_GKD in zip(group.blocks, earlier_BGKD, strict=True):
             self.later_TGD[block.first_key : block.start].add_(earlier_GKD.transpose(0, 1))
 
     def total(self, scaling: float = 1.0) -> torch.Tensor:
         """Return the sum (G, T, D) of all gradients, multiplied by `scaling`."""
         padded = self.padded
-        total_TGD = _placed(self.own_ND, padded.plan.own_keys.place, padded.tokens, padded.heads)
+        total_TGD = _placed(self.own_ND, padded.plan.place_keys, padded.tokens, padded.heads)
         if self.later_TGD is not None:
             total_TGD = self.later_TGD.add_(total_TGD)
         if scaling != 1.0:

@@ -287,12 +287,18 @@ def _parts(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> Iterator[tuple[t
 
 
 def _loss_in_place(
-    logits_NV: torch.Tensor, targets_N: torch.Tensor, factor: float, head: Head, buffers: _Buffers
+    logits_NV: torch.Tensor,
+    targets_N: torch.Tensor,
+    factor: float,
+    head: Head,
+    buffers: _Buffers,
+    bias_grad_V: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return -log p(target) of each position (N), and overwrite the logits with the gradient.
 
     `logits_NV` is W h + b. The gradient is that of the sum of the losses, multiplied by `factor`, with respect to this
-    matrix. It is computed in fp32 and rounded to the dtype of the logits.
+    matrix. It is computed in fp32 and rounded to the dtype of the logits. Its sum over the positions is added to
+    `bias_grad_V` before it is rounded.
     """
     losses = []
     for part_BV, targets_B in _parts(logits_NV, targets_N):
@@ -310,6 +316,8 @@ def _loss_in_place(
             gradient_BV.mul_(slope_BV)
         if head.scale != 1.0:
             gradient_BV.mul_(head.scale)
+        if bias_grad_V is not None:
+            bias_grad_V += gradient_BV.sum(dim=0)
         part_BV.copy_(gradient_BV)
     return torch.cat(losses)
 
@@ -364,17 +372,17 @@ class _SummedLoss(torch.autograd.Function):
             targets_N = targets_P[start : start + size]
             grad_NV = _products(hidden_NC, compute_weight_VC, head, buffers)  # the logits, until the next line
             if kernel is None:
-                losses_N = _loss_in_place(grad_NV, targets_N, inner_scale, head, buffers)
+                losses_N = _loss_in_place(grad_NV, targets_N, inner_scale, head, buffers, bias_grad_V)
             else:
                 losses_N = kernel(grad_NV, targets_N, inner_scale)
+                if bias_grad_V is not None:
+                    bias_grad_V += grad_NV.sum(dim=0, dtype=torch.float32)
             total += losses_N.to(total.dtype).sum()
 
             hidden_grad_PC[start : start + size] = grad_NV @ compute_weight_VC
             if ctx.needs_input_grad[1]:
                 part_VC = _product_in_fp32(grad_NV.t(), hidden_NC)
                 weight_grad_VC = part_VC.float() if weight_grad_VC is None else weight_grad_VC.add_(part_VC)
-            if bias_grad_V is not None:
-                bias_grad_V += grad_NV.sum(dim=0, dtype=torch.float32)
             if values_grad_RC is not None and rows_R is not None:
                 values_grad_RC += grad_NV.index_select(1, rows_R).t() @ hidden_NC
 

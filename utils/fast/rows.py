@@ -43,6 +43,12 @@ class BlockGroup(NamedTuple):
     keys: int
     first: int
 
+    def part(self, padded_ND: torch.Tensor, heads: int, repeats: int) -> torch.Tensor:
+        """Return the part (B * G, R * Q, D) of padded queries that belongs to the group. G is `heads`, R `repeats`."""
+        start = self.first * heads * repeats
+        part_ND = padded_ND[start : start + len(self.blocks) * heads * repeats * self.queries]
+        return part_ND.view(-1, repeats * self.queries, padded_ND.shape[-1])
+
 
 class QueryIndices(NamedTuple):
     """Indices that turn queries (T * H, D) into padded queries (N, D), which all groups of blocks share.
@@ -64,14 +70,14 @@ class QueryIndices(NamedTuple):
 class BlockPlan:
     """The groups of blocks of a batch, and the indices that attention with `heads` key heads needs to compute them.
 
-    `own_keys` are the indices of the keys at the positions of the queries. `few_keys` has the indices of all keys of
+    `place_keys` is `place` for the keys at the positions of the queries. `few_keys` has the indices of all keys of
     each group, or None for a group with many keys per block: stored, they would take more memory than the keys.
     """
 
     groups: list[BlockGroup]
     heads: int
     queries: QueryIndices
-    own_keys: QueryIndices
+    place_keys: torch.Tensor
     few_keys: list[torch.Tensor | None]
 
     def keys(self, number: int) -> torch.Tensor:
@@ -201,7 +207,7 @@ class RowMask:
                 groups=groups,
                 heads=heads,
                 queries=self._query_indices(groups, heads, repeats, device),
-                own_keys=self._query_indices(groups, heads, 1, device),
+                place_keys=self._query_indices(groups, heads, 1, device).place,
                 few_keys=[key_indices(group, heads, device) if group.keys <= KEPT_KEYS else None for group in groups],
             )
 

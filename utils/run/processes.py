@@ -12,7 +12,7 @@ from pathlib import Path
 
 from utils.base import device, dist
 from utils.base.errors import ConfigError
-from utils.base.garbage import leave_imported_out
+from utils.base.garbage import freeze_imported
 from utils.base.logger import logger
 from utils.base.packages import leave_out
 from utils.cli.arguments import CommonArguments, SftArguments
@@ -50,7 +50,7 @@ def start_processes(backend: str, *, deepspeed: bool = False, deterministic: boo
     import transformers
 
     if is_first:  # else the objects of an earlier run in this process would never be freed
-        leave_imported_out()
+        freeze_imported()
     if deterministic is not None:
         torch.use_deterministic_algorithms(deterministic)
         # Memory is always written before it is read here, so filling it first would only cost time.
