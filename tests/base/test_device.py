@@ -293,7 +293,7 @@ def test_weights_in_4_bits_are_refused_on_a_mac(
 def test_two_processes_use_the_backend_of_the_device(
     kind: str, backend: str, monkeypatch: pytest.MonkeyPatch, model_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    from utils.cli.machine import _settle_backend
+    from utils.cli.devices import _settle_backend
     from utils.cli.resolution import Resolution
 
     monkeypatch.setattr(dist, 'visible_kind', lambda: kind)
@@ -312,7 +312,7 @@ def test_two_processes_use_the_backend_of_the_device(
 def test_workers_prepare_batches_only_beside_a_gpu(
     kind: str, typed: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from utils.cli.machine import _settle_workers
+    from utils.cli.devices import _settle_workers
     from utils.cli.resolution import Resolution
 
     monkeypatch.setattr(dist, 'visible_kind', lambda: kind)

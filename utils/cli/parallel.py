@@ -15,7 +15,7 @@ _OFFLOADED = ('adamw_torch', 'adamw_torch_fused')
 def resolve_scale(done: Resolution[SftArguments]) -> None:
     """Add a problem for each flag that cannot be combined with --fsdp. Sets --only_save_model if it was not typed.
 
-    Only the flags are checked here. Files and devices are checked in cli/machine.py.
+    Only the flags are checked here. cli/machine.py checks files, and cli/devices.py the device.
     """
     args = done.args
     problems = done.problems

@@ -19,8 +19,8 @@ from utils.base.files import read_json
 from utils.base.logger import logger
 from utils.base.names import LAST, LOCK_JSON
 from utils.cli.arguments import SftArguments
-from utils.cli.machine import TRAINER_STATE, check_resume, partial_checkpoints
 from utils.cli.resolution import Ready, run_name
+from utils.cli.resumed import TRAINER_STATE, check_resume, partial_checkpoints
 from utils.loading.chat_template import hash_template_file
 from utils.loading.weights import Weights
 from utils.run.folder import run_dirs

@@ -15,9 +15,10 @@ from utils.base.errors import ConfigError
 from utils.base.files import read_json
 from utils.base.names import LAST
 from utils.cli.arguments import SftArguments
-from utils.cli.machine import ADAPTER_CONFIG, started_in
+from utils.cli.machine import started_in
 from utils.cli.parser import Parsed
 from utils.cli.resolution import decision
+from utils.cli.resumed import ADAPTER_CONFIG
 from utils.data.sources import abbreviated
 from utils.loading.folder import is_adapter
 from utils.loading.info import ModelInfo
