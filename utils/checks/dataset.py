@@ -6,16 +6,14 @@ Memory use does not grow with the size of the data.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
-import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from utils.base.errors import ConfigError
 from utils.base.files import write_json
@@ -23,6 +21,7 @@ from utils.base.logger import logger
 from utils.base.names import Overlong
 from utils.checks import clean_copy
 from utils.checks.clean_copy import NOT_DRAWN_ROW, OF_VALIDATION, CleanCopy
+from utils.checks.repetition import Seen, SeenRow, content_of
 from utils.cli.arguments import SftArguments, without_amount
 from utils.cli.resolution import Ready, run_name
 from utils.data.encode_plan import EncodedAgain, batches, encode_batch
@@ -35,7 +34,6 @@ from utils.encode.encoded import CONTROL_TOKENS, CUTS, DROPPED, REFUSED, SPLIT, 
 from utils.encode.encoder import Encoder, cut_row
 from utils.formats.conversation import BadRow, Filtered, Message, Row
 from utils.formats.images import replace_tags
-from utils.formats.json_text import json_as_written
 from utils.loading.folder import read_config
 from utils.loading.gguf import dense_directory
 from utils.loading.image_processors import open_images_of_folder
@@ -97,53 +95,6 @@ class Findings(Tally):
         self.stream.write(json.dumps(record, ensure_ascii=False) + '\n')
 
 
-class SeenRow(NamedTuple):
-    """The facts about a row that `Seen` stores.
-
-    `place` is the location of the row, and `use` is TRAIN, VAL or UNUSED. `can_copy` says whether a row with this
-    content can be written to the file of --write_clean.
-    """
-
-    place: str
-    use: int
-    can_copy: bool
-
-
-class Seen:
-    """Finds rows and prompts that occurred earlier. A file stores their hashes and locations, to save memory.
-
-    Of several equal rows only one is stored: the first training row, else the first validation row, else the first
-    unused row. So a validation row that equals a training row is always found, in whatever order the rows come.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._database = sqlite3.connect(file, isolation_level=None)
-        for statement in ('pragma journal_mode=off', 'pragma synchronous=off', 'begin', 'create table seen '
-                          '(hash integer primary key, place text, use integer, can_copy integer)'):  # fmt: skip
-            self._database.execute(statement)
-
-    def find_earlier(self, content: str, row: SeenRow) -> SeenRow | None:
-        """Return the stored row with the same content as a new row. If there is none, store the new row.
-
-        `content` is the content of the new row as text, and `row` describes the new row. Returns None if the new row
-        was stored. If a row was stored already and `row.can_copy` is True, `can_copy` of the stored row becomes True.
-        """
-        digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
-        key = int.from_bytes(digest, 'big', signed=True)
-        is_new = self._database.execute('insert or ignore into seen values (?, ?, ?, ?)', (key, *row)).rowcount
-        if is_new:
-            return None
-
-        find = 'select place, use, can_copy from seen where hash = ?'
-        earlier = SeenRow(*self._database.execute(find, (key,)).fetchone())
-        by_priority = (UNUSED, VAL, TRAIN)
-        if by_priority.index(row.use) > by_priority.index(earlier.use):
-            self._database.execute('update seen set place = ?, use = ? where hash = ?', (row.place, row.use, key))
-        if row.can_copy and not earlier.can_copy:
-            self._database.execute('update seen set can_copy = 1 where hash = ?', (key,))
-        return earlier
-
-
 @dataclass(kw_only=True)
 class Lengths:
     """Counts tokens per row, tokens that --max_length cuts, and the trained share of the remaining tokens."""
@@ -198,17 +149,6 @@ def wrong_order(messages: Sequence[Message]) -> str | None:
         before = role
         called = 'tool_calls' in turn
     return None
-
-
-def _content(messages: Sequence[Message], row: Row) -> str:
-    """Return the content of a row as text: `messages`, tools and images. Rows with the same content have the same text.
-
-    `messages` are all messages of the row, or all except the reply.
-    """
-    has_images = bool(row.images) or any('</img>' in message['content'] for message in messages)
-    content = [messages, row.tools, row.images, row.folder if has_images else None]
-    has_numbers = bool(row.tools) or any('tool_calls' in message for message in messages)
-    return (json_as_written if has_numbers else json.dumps)(content, sort_keys=True)
 
 
 def _reply_column(raw: dict[str, Any]) -> str:
@@ -327,11 +267,11 @@ class DataCheck:
         Returns the reason to leave `row` out of the file of --write_clean, or None. The reason is that the file already
         gets an earlier row with the same content.
         """
-        earlier = self.seen.find_earlier(_content(row.messages, row), facts)
+        earlier = self.seen.find_earlier(content_of(row.messages, row), facts)
         if earlier is None and row.is_text:
             return None  # plain text has no prompt
         if earlier is None:
-            same_prompt = self.seen.find_earlier(_content(row.messages[:-1], row), facts)
+            same_prompt = self.seen.find_earlier(content_of(row.messages[:-1], row), facts)
             if same_prompt:
                 self.defects.add(CONFLICT, row.origin, column, of=same_prompt.place)
             return None
