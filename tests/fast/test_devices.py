@@ -183,9 +183,9 @@ def test_isolation_is_proven_to_the_bit_and_not_spoilt_by_rounding(
     with caplog.at_level('INFO'):
         assert not use_padding_free(make_model(), args, longest=30), 'a millionth is not the same'
     assert 'change by up to' in caplog.text and 'beside other rows' in caplog.text
-    assert layout.groups_tokens(SimpleNamespace(config=Config(num_local_experts=4)))
-    assert layout.groups_tokens(SimpleNamespace(config=Config(quantization_config={'load_in_8bit': True})))
-    assert not layout.groups_tokens(SimpleNamespace(config=Config(num_experts=0, quantization_config=None)))
+    assert layout.rounding_depends_on_batch(SimpleNamespace(config=Config(num_local_experts=4)))
+    assert layout.rounding_depends_on_batch(SimpleNamespace(config=Config(quantization_config={'load_in_8bit': True})))
+    assert not layout.rounding_depends_on_batch(SimpleNamespace(config=Config(num_experts=0, quantization_config=None)))
 
 
 class Config:

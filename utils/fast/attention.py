@@ -1,8 +1,26 @@
-"""Attention for concatenated rows without padding, on any device: a token attends only to tokens of its own row.
+"""Attention for concatenated rows, on any device.
 
-Shapes in names: T tokens of all rows, H query heads, G key and value heads, R = H / G query heads per key head,
-Q queries of a block, K keys of a block, D width of a query or key head, E width of a value head, B rows or blocks of a
-group, L length of its longest row, N padded queries of all blocks and heads.
+A concatenated batch has its rows of tokens one after the other, without padding. A token attends only to tokens of its
+own row.
+
+The class `RowAttention` cuts each row into blocks. A block is at most 128 consecutive queries of a row, with all keys
+that they may see. Blocks are padded to a few shapes, and blocks of equal shape form a group. A group is computed by one
+matrix product.
+
+The letters at the end of a name are the dimensions of the tensor. For example, `query_HTD` has the shape
+[query heads, tokens, width].
+
+    T: tokens of all rows
+    H: query heads
+    G: key heads, which are also the value heads
+    R: query heads that share one key head
+    D: width of a query head or key head
+    E: width of a value head
+    B: blocks of a group of blocks, or rows of a group of rows
+    Q: queries of a block, with padding
+    K: keys of a block, with padding
+    L: length of the longest row of a group of rows
+    N: vectors of all padded blocks, one for each query and head
 """
 
 from __future__ import annotations
@@ -43,21 +61,23 @@ _PREFIX = 'rows_over_'
 
 
 def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the keyword arguments besides input_ids for a forward pass over concatenated rows with ids (1, T).
+    """Return a dict with the attention mask to pass to the model with concatenated rows, or an empty dict.
 
-    For the attention of this module, returns {'attention_mask': tensor of ones}. The attention ignores the mask. But
-    without a mask, transformers would search position_ids for the starts of rows, and the CPU would wait for the
-    device. For the package flash-attn, returns {}, because flash-attn needs the row starts that this search finds.
+    `ids` are the token ids [1, tokens]. The mask is a tensor of ones under the name attention_mask. The model's
+    attention ignores it. But without a mask, transformers would search position_ids for the starts of rows, and the CPU
+    would wait for the device.
+
+    If the model uses the package flash-attn, the dict is empty, because flash-attn needs the starts from this search.
     """
     uses_rows = model.config._attn_implementation.startswith(_PREFIX)
     return {'attention_mask': torch.ones_like(ids)} if uses_rows else {}
 
 
 def attend_by_rows(model: Any) -> None:
-    """Switch a model to this module's attention, which is used only inside the context `concatenated_rows`.
+    """Make a model compute the rows of a batch separately inside the context `concatenated_rows`.
 
-    Inside the context, recurrent layers keep rows apart too. Outside of the context, for example for padded batches,
-    the model uses its own attention.
+    Inside the context, a token attends only to tokens of its own row, and recurrent layers start anew at each row.
+    Outside of the context, the model computes as before, for example with padded batches.
     """
     before = model.config._attn_implementation
     flash_package = before.startswith('flash_attention')
@@ -129,7 +149,12 @@ def _attention_over(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Inputs(NamedTuple):
-    """The arguments of the attention of one layer: query (H, T, D), key (G, T, D), value (G, T, E), sinks (H)."""
+    """The tensors and settings of one attention layer, for all rows of a concatenated batch.
+
+    `query` is [query heads, tokens, width], `key` is [key heads, tokens, width], and `value` is
+    [key heads, tokens, value width]. `sinks` [query heads] are extra scores in the softmax, or None. Scores are
+    multiplied by `scaling`. If `softcap` is not None, the scores then become softcap * tanh(scores / softcap).
+    """
 
     query: torch.Tensor
     key: torch.Tensor
@@ -141,7 +166,7 @@ class Inputs(NamedTuple):
     dropout: float = 0.0
 
     def case(self) -> AttentionCase:
-        """Return what the choice of a kernel depends on."""
+        """Return the properties of these inputs and of their device by which a kernel is chosen."""
         query = self.query
         is_nvidia = query.is_cuda and torch.version.hip is None
         return AttentionCase(
@@ -159,7 +184,7 @@ class Inputs(NamedTuple):
         )
 
     def attend_by(self, kernel: Kernel) -> torch.Tensor:
-        """Return the attention output (T, H, E), computed by this kernel."""
+        """Return the attention output [tokens, query heads, value width], computed by `kernel`."""
         device = self.query.device
         if kernel == 'flash':
             return flash_attention(
@@ -184,8 +209,8 @@ def kernel_for(case: AttentionCase, device: torch.device) -> Kernel:
     """Return the first kernel of `candidates(case)` that passes a trial. The last candidate needs no trial.
 
     A trial compares output and gradients on small inputs with those of `RowAttention` in fp32. Each kernel is tried
-    once per case, on `device`. If a kernel fails its trial or raises an error, the log says so and the next kernel is
-    tried. On a CPU there is no trial.
+    once per case, on `device`. If a kernel fails its trial or raises an error, a warning is logged and the next kernel
+    is tried. On a CPU there is no trial.
     """
     possible = candidates(case)
     for kernel in possible[:-1]:
@@ -206,10 +231,10 @@ def kernel_for(case: AttentionCase, device: torch.device) -> Kernel:
 
 
 def trial_error(kernel: Kernel, case: AttentionCase, device: torch.device) -> float:
-    """Return the largest relative error of output and gradients of a kernel, compared with `RowAttention` in fp32.
+    """Return the largest relative error of a kernel's output and gradients, compared with `RowAttention` in fp32.
 
-    The inputs are small and random, but have the dtype, the heads and the widths of the case. The random state of torch
-    is not changed.
+    The inputs are small and random. Their dtype, numbers of heads and widths are those of `case`. The random state of
+    torch is not changed.
     """
     tokens = sum(_TRIAL_LENGTHS)
     shapes = [(case.heads, case.query_width), (case.key_heads, case.query_width), (case.key_heads, case.value_width)]
@@ -244,10 +269,11 @@ def attend_in_groups(
     scaling: float,
     dropout: float,
 ) -> torch.Tensor:
-    """Return the attention output (T, H, E). Calls torch's attention once for each group of rows of similar length.
+    """Return the attention output [tokens, query heads, value width], computed by torch's own attention.
 
-    Each row is padded at its end to the longest row of the group. The padding needs no mask, because causal attention
-    never looks at later tokens.
+    Rows of similar length form a group. Each row is padded at its end to the longest row of its group, and torch's
+    attention is called once for each group. The padding needs no mask, because causal attention never looks at later
+    tokens.
     """
     device = query_HTD.device
     inputs = Inputs(query_HTD, key_GTD, value_GTE, None, rows, scaling)
@@ -292,10 +318,11 @@ def attend_in_groups(
 def _hiding_bias(
     queries: int, keys: int, diagonal: int, repeats: int, dtype: torch.dtype, device: torch.device, *, low: bool = False
 ) -> torch.Tensor:
-    """Return a tensor (1, repeats * queries, keys) to add to scores: -inf hides a key from a query, 0 does not.
+    """Return a tensor of 0 and -inf to add to attention scores. -inf hides a key from a query.
 
-    Key k is hidden from query q if k - q >= `diagonal`. With `low`, it is hidden if k - q <= `diagonal`. The
-    values are repeated for `repeats` query heads.
+    Key number k is hidden from query number q if k - q >= `diagonal`. If `low` is True, the hidden keys are those with
+    k - q <= `diagonal`. The shape is [1, repeats * queries, keys], with the same values for each of `repeats` query
+    heads.
     """
     # On a CPU, adding a bias is several times faster than filling the scores through a boolean mask.
     full_QK = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
@@ -304,15 +331,17 @@ def _hiding_bias(
 
 
 class RowAttention(torch.autograd.Function):
-    """Causal attention by matrix products. On a CPU it is faster than that of torch.
+    """Causal attention inside each row of a concatenated batch. On a CPU, it is faster than torch's own attention.
 
-    Takes query (H, T, D), key (G, T, D), value (G, T, E) and sinks (H) or None. Returns the output (T, H, E). The
-    output at tokens after the last row is 0.
+    The arguments are query [query heads, tokens, width], key [key heads, tokens, width], value
+    [key heads, tokens, value width] and sinks [query heads] or None. The output is [tokens, query heads, value width].
+    If the batch has further tokens after its last row, their output is 0.
 
-    Rows are cut into blocks of queries. Blocks of equal shape are computed together, because small matrix products take
-    longer to start than to compute. Attention weights are saved for the backward pass only in blocks with few keys. In
-    all other blocks they are computed again, so that memory does not grow with the square of the row length. Scores and
-    weights are stored in the dtype of the query. The softmax and the sums over blocks are computed in fp32.
+    Each row is cut into blocks of queries. Blocks of equal shape are computed together, because a small matrix product
+    takes longer to start than to compute.
+
+    A block with few keys saves its attention weights for the backward pass. All other blocks compute them again, so
+    that the memory does not grow with the square of the row length.
     """
 
     @staticmethod
@@ -331,11 +360,12 @@ class RowAttention(torch.autograd.Function):
         width = value_GTE.shape[-1]
         padded = _PaddedBlocks(query_HTD, key_GTD, value_GTE, rows)
 
+        # Scores and weights have the dtype of the query. The softmax, and the sums over blocks, are computed in fp32.
         out_NE = query_HTD.new_empty(len(padded.plan.queries.take), width)
         kept = []
         for number, group in enumerate(padded.plan.groups):
-            query, key, value = padded.inputs(number)
-            weights, _ = _weights(query, key, sinks_H, group, ctx.settings)
+            query, key, value = padded.of_group(number)
+            weights, _ = _weights(query, key, sinks_H, group, *ctx.settings)
             if _keeps_weights(group.keys, softcap):
                 kept.append(weights)
             torch.bmm(weights, value, out=padded.part(out_NE, group))
@@ -364,12 +394,12 @@ class RowAttention(torch.autograd.Function):
         key_grad = _KeyGradient(key_GTD, padded)
         value_grad = _KeyGradient(value_GTE, padded)
         for number, group in enumerate(padded.plan.groups):
-            query, key, value = padded.inputs(number)
+            query, key, value = padded.of_group(number)
             slope = None
             if _keeps_weights(group.keys, softcap):
                 weights = next(kept_weights)
             else:
-                weights, slope = _weights(query, key, sinks_H, group, ctx.settings)
+                weights, slope = _weights(query, key, sinks_H, group, *ctx.settings)
 
             out_grad = padded.part(out_grad_NE, group)
             value_grad.add(group, weights.mT, out_grad)
@@ -397,7 +427,10 @@ class RowAttention(torch.autograd.Function):
 
 
 class _PaddedBlocks:
-    """The queries, keys and values of one attention layer, padded so that blocks can be computed in groups."""
+    """The queries, keys and values of one attention layer, cut into blocks and padded.
+
+    A block is at most 128 queries of a row, with all keys that they may see. Blocks of equal shape form a group.
+    """
 
     def __init__(self, query_HTD: torch.Tensor, key_GTD: torch.Tensor, value_GTE: torch.Tensor, rows: RowMask) -> None:
         self.heads = len(key_GTD)
@@ -408,20 +441,26 @@ class _PaddedBlocks:
         self.key = _by_head(key_GTD)
         self.value = _by_head(value_GTE)
 
-    def inputs(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return query (B * G, R * Q, D), key (B * G, K, D) and value (B * G, K, E) of a group of blocks."""
+    def of_group(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the queries, keys and values of the blocks in `self.plan.groups[number]`.
+
+        The queries are [blocks * key heads, query heads per key head * queries, width]. The keys are
+        [blocks * key heads, keys, width], and the values [blocks * key heads, keys, value width].
+        """
         group = self.plan.groups[number]
         indices = self.plan.keys(number)
         key, value = (x.index_select(0, indices).view(-1, group.keys, x.shape[-1]) for x in (self.key, self.value))
         return self.part(self.query_ND, group), key, value
 
     def part(self, padded_ND: torch.Tensor, group: BlockGroup) -> torch.Tensor:
-        """Return the part (B * G, R * Q, D) of padded queries, or of their gradients, that belongs to a group."""
         return group.part(padded_ND, self.heads, self.repeats)
 
 
 class _KeyGradient:
-    """Sums the gradients of keys or values over the blocks that see them."""
+    """Sums the gradients of keys, or of values, over all blocks of queries.
+
+    A key or value gets a gradient from each block whose queries may see it.
+    """
 
     def __init__(self, key_GTD: torch.Tensor, padded: _PaddedBlocks) -> None:
         self.padded = padded
@@ -434,7 +473,11 @@ class _KeyGradient:
             self.later_TGD = key_GTD.new_zeros(padded.tokens, padded.heads, key_GTD.shape[-1], dtype=exact)
 
     def add(self, group: BlockGroup, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add the products of `left` (B * G, K, R * Q) and `right` (B * G, R * Q, D) to the keys of a group."""
+        """Add the matrix product left @ right to the gradients of the keys that the blocks in `group` use.
+
+        `left` is [blocks * key heads, keys, n] and `right` is [blocks * key heads, n, width]. Here n is the number of
+        queries of a block, times the query heads per key head.
+        """
         own = group.part(self.own_ND, self.padded.heads, 1)
         if self.later_TGD is None or group.earlier == 0:
             torch.bmm(left, right, out=own)
@@ -447,7 +490,7 @@ class _KeyGradient:
             self.later_TGD[block.first_key : block.start].add_(earlier_GKD.transpose(0, 1))
 
     def total(self, scaling: float = 1.0) -> torch.Tensor:
-        """Return the sum (G, T, D) of all gradients, multiplied by `scaling`."""
+        """Return the summed gradients [key heads, tokens, width], multiplied by `scaling`."""
         padded = self.padded
         total_TGD = _placed(self.own_ND, padded.plan.place_keys, padded.tokens, padded.heads)
         if self.later_TGD is not None:
@@ -458,12 +501,16 @@ class _KeyGradient:
 
 
 def _by_head(x_HTD: torch.Tensor) -> torch.Tensor:
-    """Return x (H, T, D) as (T * H, D)."""
+    """Return x [heads, tokens, width] as a tensor [tokens * heads, width]."""
     return x_HTD.transpose(0, 1).reshape(-1, x_HTD.shape[-1])
 
 
 def _placed(padded_ND: torch.Tensor, place: torch.Tensor, tokens: int, heads: int) -> torch.Tensor:
-    """Return padded queries as (T, H, D). Tokens that belong to no row get 0."""
+    """Return the vectors of the padded blocks in the order of the tokens, without padding: [tokens, heads, width].
+
+    `place` has the index in `padded_ND` of each token and head. If the batch has further tokens after its last row,
+    they get 0.
+    """
     width = padded_ND.shape[-1]
     placed_THD = padded_ND.new_empty(tokens, heads, width)
     of_rows = len(place) // heads
@@ -481,15 +528,17 @@ def _weights(
     key: torch.Tensor,
     sinks_H: torch.Tensor | None,
     group: BlockGroup,
-    settings: tuple[RowMask, float, float | None],
+    rows: RowMask,
+    scaling: float,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the attention weights of a group of blocks, (B * G, R * Q, K), and the derivative of the capping.
+    """Return the attention weights of the blocks in `group`, and the slope of the cap function at each score.
 
-    The derivative is that of the capped scores with respect to the scores, in the shape of the weights. It is None if
-    scores are not capped. `settings` are the rows, the factor by which scores are multiplied, and the limit of capped
-    scores or None.
+    Both tensors are [blocks * key heads, query heads per key head * queries, keys].
+
+    Scores are multiplied by `scaling`, and then capped to softcap * tanh(scores / softcap). The slope is the derivative
+    of this function. If `softcap` is None, scores are not capped, and None is returned instead of the slope.
     """
-    rows, scaling, softcap = settings
     queries, earlier, keys = group.queries, group.earlier, group.keys
     repeats = query.shape[1] // queries
 

@@ -19,10 +19,11 @@ _SMALL_GPUS = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 
 
 class AttentionCase(NamedTuple):
-    """What the choice of a kernel depends on. `kind` is the type of the device, or rocm for an AMD GPU.
+    """The properties of a device and of an attention layer by which a kernel is chosen.
 
-    `capability` is the compute capability of an NVIDIA GPU, and (0, 0) for all other devices. `query_width` is the
-    width of a query or key head, `value_width` the width of a value head.
+    `kind` is torch's type of the device, for example 'cuda', but 'rocm' for an AMD GPU. `capability` is the compute
+    capability of an NVIDIA GPU, and (0, 0) for all other devices. `query_width` is the width of a query or key head,
+    `value_width` the width of a value head. The last four fields say which features the layer uses.
     """
 
     kind: str
@@ -41,7 +42,7 @@ class AttentionCase(NamedTuple):
 def candidates(case: AttentionCase) -> tuple[Kernel, ...]:
     """Return the kernels that can compute this case, the best one first.
 
-    The last kernel is used without a trial if all kernels before it fail their trial.
+    If all other kernels fail their trial, the last kernel is used without a trial.
     """
     plain = not case.softcap and not case.sinks
     if case.dropout:
@@ -56,18 +57,21 @@ def candidates(case: AttentionCase) -> tuple[Kernel, ...]:
 
 
 def flash_width(query_width: int, value_width: int) -> int:
-    """Return the width to which all heads are padded, because the flash kernels need equal widths in multiples of 8."""
+    """Return the width to which all heads are padded for torch's flash kernels.
+
+    These kernels need the same width for queries, keys and values. It must be a multiple of 8.
+    """
     return -(-max(query_width, value_width) // _FLASH_STEP) * _FLASH_STEP
 
 
 def repeats_keys(case: AttentionCase, *, masked: bool) -> bool:
-    """Return whether torch's attention must get a separate copy of a key head for each of its query heads.
+    """Return whether each query head must get its own copy of its key head before torch's attention is called.
 
-    Only the kernel named `groups` needs to know this. `masked` says whether torch's attention gets a mask.
+    `masked` says whether torch's attention gets a mask.
 
-    On an NVIDIA GPU, only torch's flash kernel shares a key head between query heads efficiently. If the flash kernel
-    cannot run, torch computes shared heads with its slowest kernel, which keeps all scores of a row in fp32. Copied key
-    heads avoid this kernel.
+    Several query heads can share one key head. On an NVIDIA GPU, torch's flash kernel computes shared heads without
+    copies. If the flash kernel cannot run, torch uses its slowest kernel for shared heads, which keeps all scores in
+    memory. With copies, torch uses a faster kernel.
     """
     if case.kind != 'cuda' or case.heads == case.key_heads:
         return False
@@ -76,7 +80,7 @@ def repeats_keys(case: AttentionCase, *, masked: bool) -> bool:
 
 
 def is_recent_nvidia(case: AttentionCase) -> bool:
-    """Return whether the device is an NVIDIA GPU from Ampere (A100, RTX 30) on."""
+    """Return whether the device is an NVIDIA GPU of the generation Ampere (A100, RTX 30) or newer."""
     return case.kind == 'cuda' and case.capability >= (8, 0)
 
 

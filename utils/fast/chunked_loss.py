@@ -1,6 +1,15 @@
-"""Computes logits and loss in chunks and only at trained positions. The logits of all tokens are never held together.
+"""Computes logits and loss in chunks and only at trained positions, so that the logits need little memory.
 
-Shapes in names: P trained positions, N positions of one chunk, V vocabulary, C hidden width, T tokens.
+The letters at the end of a name are the dimensions of the tensor. For example, `hidden_PC` has the shape
+[trained positions, hidden width].
+
+    P: trained positions of the batch
+    N: positions of one chunk
+    B: positions of a part of a chunk
+    V: vocabulary
+    C: hidden width
+    T: tokens
+    R: rows of the weight that --new_tokens trains
 """
 
 from __future__ import annotations
@@ -25,11 +34,13 @@ _FP16_SCALE = 256.0
 
 @dataclass(frozen=True)
 class Head:
-    """An output head: logits = scale * (W h + b). If `cap` is set, the logits become cap * tanh(logits / cap).
+    """An output head, which computes logits = scale * (weight @ hidden state + bias).
 
-    `linear` is a linear layer, or PEFT's wrapper around it (--lora_modules_to_save, --new_tokens). PEFT may hold the
-    trained weights in fp32. They are then converted to `dtype`, the dtype of the model. Without a wrapper, `dtype` is
-    None.
+    If `cap` is not None, the logits then become cap * tanh(logits / cap).
+
+    `linear` is the linear layer with weight and bias, or PEFT's wrapper around it (--lora_modules_to_save,
+    --new_tokens). PEFT may hold the trained weights in fp32. They are then converted to `dtype`, the dtype of the
+    model. If there is no wrapper, `dtype` is None.
     """
 
     linear: nn.Module
@@ -39,21 +50,24 @@ class Head:
 
     @property
     def weight(self) -> torch.Tensor:
-        """Return the weight (V, C) that the model uses now."""
+        """Return the weight [vocabulary, hidden width].
+
+        If an adapter is on, this is the weight with the changes of the adapter.
+        """
         weight: torch.Tensor = self.linear.weight  # type: ignore[assignment]
         return weight
 
     @property
     def size(self) -> int:
-        """Return the number of rows V of the weight."""
+        """Return the size of the vocabulary, which is the number of rows of the weight."""
         plain: Any = self.linear.original_module if isinstance(self.linear, AuxiliaryTrainingWrapper) else self.linear
         return len(plain.weight)
 
     @property
     def trained_rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return the token ids (R) and the values (R, C) of the trained rows of a head with --new_tokens.
+        """Return the ids of the tokens whose weight rows are trained, and these rows [number of ids, hidden width].
 
-        Returns None if the head does not train single rows, or if the adapter is switched off.
+        Only the flag --new_tokens trains single rows. Returns None without this flag, and while the adapter is off.
         """
         if not isinstance(self.linear, TrainableTokensWrapper) or self.linear.disable_adapters:
             return None
@@ -69,14 +83,18 @@ class Head:
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """Return the bias (V) or None. PEFT uses no bias if the head has rows of new tokens (--new_tokens)."""
+        """Return the bias [vocabulary], or None if the head computes without a bias.
+
+        With the flag --new_tokens, the head computes without a bias, because PEFT's layer for new tokens does not add
+        it.
+        """
         if isinstance(self.linear, TrainableTokensWrapper):
             return None
         bias: torch.Tensor | None = self.linear.bias  # type: ignore[assignment]
         return bias
 
     def fixed(self) -> Head:
-        """Return a head that always uses the present weight and bias, even if the adapter is switched later."""
+        """Return a head with the present weight and bias. Switching the adapter on or off does not change it."""
         weight_VC, bias_V = self.weight.detach(), self.bias
         linear = nn.Linear(1, 1, bias=bias_V is not None, device='meta')
         linear.weight = nn.Parameter(weight_VC, requires_grad=False)
@@ -93,7 +111,7 @@ def find_head(model: Any) -> Head | None:
     """Return the model's output head, or None if the head is not a plain linear layer.
 
     Scale and cap are read from the config fields that Gemma, Granite and Cohere use. The model's class may compute more
-    than these fields say, so `head_is_exact` compares the head with the model.
+    than these fields say. So call `head_is_exact` to compare the head with the model.
     """
     linear = model.get_output_embeddings()
     is_wrapped = isinstance(linear, AuxiliaryTrainingWrapper)
@@ -107,10 +125,10 @@ def find_head(model: Any) -> Head | None:
 
 
 class _Selected(torch.autograd.Function):
-    """Returns the rows of x (N, C) at P positions, as a tensor (P, C). No position may occur twice.
+    """Computes x[positions] for x [tokens, width], with a fast backward pass. No position may occur twice.
 
-    So the backward pass writes each gradient once. The backward pass of plain indexing, x[positions], allows for equal
-    positions. On a GPU it first sorts the positions, which is slow.
+    The backward pass writes each gradient once. The backward pass of plain indexing also works for equal positions, but
+    on a GPU it first sorts the positions, which is slow.
     """
 
     @staticmethod
@@ -127,10 +145,12 @@ class _Selected(torch.autograd.Function):
 
 @contextmanager
 def head_input(head: Head, positions_P: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """A context that yields a list, in which it collects the last hidden states (P, C) at `positions_P`.
+    """A context in which each forward pass appends the input of the output head to the yielded list.
 
-    `positions_P` has indices into the flattened batch (all rows in one). No index occurs twice. The head itself gets an
-    empty input, so it costs no time or memory.
+    Only the hidden states at `positions_P` are appended, as one tensor [positions, hidden width]. The positions are
+    indices into the flattened batch (all rows in one). No position may occur twice.
+
+    The output head itself is called with an empty input, so that it takes no time and no memory.
     """
     collected: list[torch.Tensor] = []
 
@@ -149,7 +169,7 @@ def head_input(head: Head, positions_P: torch.Tensor) -> Iterator[list[torch.Ten
 
 
 def head_is_exact(model: Any, head: Head, ids: torch.Tensor) -> bool:
-    """Return whether `head` gives the same logits as the model on ids (1, T), up to rounding in the head's dtype."""
+    """Return whether `head` gives the same logits as the model on token ids [1, tokens], up to rounding."""
     weight_VC = head.weight
     weight_VC = weight_VC.to(head.dtype or weight_VC.dtype)
     training = model.training
@@ -186,9 +206,9 @@ def summed_loss(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head, di
 
 @torch.no_grad()
 def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two tensors with a value per position: -log p(target), and whether the target is the likeliest token.
+    """Return two tensors [positions]: -log p(target), and whether the target is the likeliest token.
 
-    They are on the device of the head.
+    Both are on the device of the head.
     """
     hidden_PC, targets_P = (x.to(head.device, non_blocking=True) for x in (hidden_PC, targets_P))
     weight_VC = head.weight
@@ -214,7 +234,7 @@ def scored(hidden_PC: torch.Tensor, targets_P: torch.Tensor, head: Head) -> tupl
 
 
 def head_logits(hidden_NC: torch.Tensor, head: Head) -> torch.Tensor:
-    """Return the logits (N, V) of the hidden states in fp32. All N positions are computed at the same time."""
+    """Return the logits [positions, vocabulary] of these hidden states in fp32, computed all at once, not in chunks."""
     weight_VC = head.weight
     dtype = _compute_dtype(head, weight_VC)
     return _logits(hidden_NC.to(weight_VC.device, dtype), weight_VC.to(dtype), head)
@@ -232,9 +252,9 @@ class _Buffers:
         self._by_dtype: dict[torch.dtype, torch.Tensor] = {}
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return an uninitialised tensor of this shape, in the memory of the last returned tensor of this dtype.
+        """Return an uninitialised tensor. Its memory is used again by the next call with the same dtype.
 
-        No call may ask for a larger first dimension than the first call.
+        The first call for a dtype allocates the memory. So no later call may ask for a larger first dimension.
         """
         if dtype not in self._by_dtype:
             self._by_dtype[dtype] = torch.empty(*shape, dtype=dtype, device=device)
@@ -242,12 +262,18 @@ class _Buffers:
 
 
 def _kernel_for(head: Head, weight_VC: torch.Tensor) -> LossStep | None:
-    """Return the kernel for the loss of this head, or None if it cannot be used. The weight is in the compute dtype."""
+    """Return the Triton kernel that computes the loss of this head, or None if it cannot be used.
+
+    `weight_VC` is the weight in the dtype of the computation.
+    """
     return loss_kernel(weight_VC.dtype, len(weight_VC), head.scale, head.cap, weight_VC.device)
 
 
 def _products(hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head, buffers: _Buffers) -> torch.Tensor:
-    """Return W h + b (N, V) in the dtype of the weight, in a buffer that the next chunk overwrites."""
+    """Return weight @ hidden state + bias for each position: [positions, vocabulary], in the dtype of the weight.
+
+    The next call with the same `buffers` overwrites the result.
+    """
     bias_V = head.bias
     products_NV = buffers.take((len(hidden_NC), len(weight_VC)), weight_VC.dtype, weight_VC.device)
     if bias_V is None:
@@ -258,16 +284,19 @@ def _products(hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head, buff
 
 
 def _logits(hidden_NC: torch.Tensor, weight_VC: torch.Tensor, head: Head) -> torch.Tensor:
-    """Return the logits (N, V) in fp32."""
+    """Return the logits [positions, vocabulary] in fp32."""
     buffers = _Buffers()
     return _exact(_products(hidden_NC, weight_VC, head, buffers), head, buffers)[0]
 
 
 def _exact(products_NV: torch.Tensor, head: Head, buffers: _Buffers) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return two tensors: the logits (N, V) in fp32, and the derivative of the cap (N, V).
+    """Return the logits in fp32, and the slope of the cap function at each of them, both [positions, vocabulary].
 
-    `products_NV` is W h + b. If it is in fp32, it is overwritten. If the head has no cap, the second value is None, and
-    the logits are in a buffer that the next call overwrites.
+    The logits are computed from `products_NV`, which is weight @ hidden state + bias. They are multiplied by the head's
+    scale, and then capped to cap * tanh(logits / cap). The slope is the derivative of this function. If the head has no
+    cap, None is returned instead of the slope.
+
+    If `products_NV` is in fp32, it is overwritten. The returned logits can be overwritten by the next call.
     """
     logits_NV = products_NV
     if products_NV.dtype != torch.float32:
@@ -281,7 +310,10 @@ def _exact(products_NV: torch.Tensor, head: Head, buffers: _Buffers) -> tuple[to
 
 
 def _parts(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield parts of a chunk, (B, V) and (B), for calculations in fp32. A part is small enough for the CPU cache."""
+    """Yield the logits and targets of a few positions at a time, until all positions of the chunk are yielded.
+
+    The caller converts these logits to fp32. On a CPU, they are so few that they fit in its cache.
+    """
     size = part_rows(logits_NV.shape[1], on_gpu=logits_NV.device.type != 'cpu')
     yield from zip(logits_NV.split(size), targets_N.split(size), strict=True)
 
@@ -294,11 +326,13 @@ def _loss_in_place(
     buffers: _Buffers,
     bias_grad_V: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return -log p(target) of each position (N), and overwrite the logits with the gradient.
+    """Return -log p(target) of each position, and overwrite `logits_NV` with the gradient of the loss.
 
-    `logits_NV` is W h + b. The gradient is that of the sum of the losses, multiplied by `factor`, with respect to this
-    matrix. It is computed in fp32 and rounded to the dtype of the logits. Its sum over the positions is added to
-    `bias_grad_V` before it is rounded.
+    At first, `logits_NV` holds weight @ hidden state + bias. The loss is the sum of -log p(target), multiplied by
+    `factor`. Its gradient with respect to `logits_NV` is computed in fp32.
+
+    If `bias_grad_V` is not None, the gradient, summed over the positions, is added to it. After that, the gradient is
+    rounded to the dtype of `logits_NV`.
     """
     losses = []
     for part_BV, targets_B in _parts(logits_NV, targets_N):
@@ -323,10 +357,8 @@ def _loss_in_place(
 
 
 def _product_in_fp32(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the matrix product. On CUDA it is in fp32; elsewhere it is rounded to the dtype of the factors.
-
-    ROCm counts as elsewhere: some of its versions have no product of 16-bit factors with an fp32 result.
-    """
+    """Return first @ second. On an NVIDIA GPU it is in fp32, otherwise in the dtype of the factors."""
+    # Some versions of ROCm have no product of 16-bit factors with an fp32 result.
     if first.device.type == 'cuda' and torch.version.hip is None and first.dtype != torch.float32:
         return torch.mm(first, second, out_dtype=torch.float32)
     return first @ second

@@ -8,7 +8,7 @@ QUERY_BLOCK = 128
 # The numbers of queries and keys of a block are padded to a multiple of this. With 16-bit scores, torch's softmax is
 # fast only for such numbers of keys. Blocks of equal padded shapes are computed together.
 PADDED = 32
-# The largest number of attention scores of such a group: 8 MiB in 16 bits.
+# The largest number of attention scores of blocks that are computed together: 8 MiB in 16 bits.
 GROUP_SCORES = 2**22
 # The attention weights of a block are saved for the backward pass if the block has at most this many keys. The weights
 # of all other blocks are computed again.
@@ -29,27 +29,34 @@ STEP_CHUNK = 2**21
 
 
 def padded(count: int) -> int:
-    """Return a number of queries or keys, rounded up to a multiple of PADDED."""
+    """Return `count`, rounded up to a multiple of PADDED (32)."""
     return -(-count // PADDED) * PADDED
 
 
 def chunk_rows(vocabulary: int, compute: int, *, on_gpu: bool) -> int:
-    """Return the number of positions in one chunk of the loss. `compute` is the number of bytes of a logit."""
+    """Return the number of positions in one chunk of the loss.
+
+    `vocabulary` is the number of logits of a position, and `compute` is the number of bytes of a logit.
+    """
     if on_gpu:
         return max(GPU_ROWS, GPU_CHUNK_LOGITS // vocabulary // GPU_ROWS * GPU_ROWS)
     return max(16, CHUNK_BYTES // (vocabulary * compute))
 
 
 def part_rows(vocabulary: int, *, on_gpu: bool) -> int:
-    """Return the number of positions of a chunk that are converted to fp32 together."""
+    """Return the number of positions whose logits are converted to fp32 at the same time.
+
+    `vocabulary` is the number of logits of a position.
+    """
     return max(1, (GPU_PART_LOGITS if on_gpu else PART_LOGITS) // vocabulary)
 
 
 def chunk_memory(rows: int, vocabulary: int, compute: int, *, on_gpu: bool) -> int:
-    """Return the bytes that the loss of a chunk of `rows` positions needs.
+    """Return the number of bytes that the loss of a chunk needs.
 
-    `compute` is the number of bytes of a logit. The logits are overwritten with their gradient. On a GPU a kernel does
-    this. On a CPU, 16-bit logits are converted to fp32 in parts.
+    The chunk has `rows` positions with `vocabulary` logits each. A logit has `compute` bytes. The gradient needs no
+    memory, because it overwrites the logits. On a CPU, 16-bit logits need more memory, because some of them are also
+    held in fp32.
     """
     logits = rows * vocabulary * compute
     if on_gpu or compute == 4:

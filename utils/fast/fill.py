@@ -1,8 +1,9 @@
-"""Adds a few tokens after the rows of a concatenated batch, because matrix products on a CPU are then faster.
+"""Adds a few tokens to the end of a concatenated batch, because matrix products on a CPU are then faster.
 
 The matrix products of oneDNN are up to a fifth slower for some numbers of tokens, but never for multiples of 4.
-Multiples of 8 also need fewer compiled kernels. No row attends to the added tokens, and nothing is computed from their
-output. So they change neither the loss nor the gradients.
+Multiples of 8 also need fewer compiled kernels.
+
+No row attends to the added tokens, and their output is not used. So they change neither the loss nor the gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from utils.fast.layout import groups_tokens
+from utils.fast.layout import rounding_depends_on_batch
 from utils.loading.layers import RECURRENT
 
 _MULTIPLE = 8
@@ -21,18 +22,23 @@ _FEWEST_TOKENS = 256
 
 
 def can_fill(model: Any) -> bool:
-    """Return whether tokens can be added after the concatenated rows of this model.
+    """Return whether a few tokens may be added to the end of the concatenated batches of this model.
 
-    The model must be on a CPU. It must have no recurrent layers, because they compute each row separately. It must have
-    no experts and no 8-bit layers of bitsandbytes. In such layers, added tokens could change the rounding of other
-    tokens.
+    Added tokens make matrix products on a CPU faster. Returns False in three cases:
+
+    - The model is not on a CPU.
+    - The model has recurrent layers. They compute each row separately, so added tokens do not help.
+    - The model has experts or 8-bit layers of bitsandbytes. There, added tokens could change the rounding.
     """
     types = set(model.config.get_text_config().to_dict().get('layer_types') or ())
-    return bool(model.device.type == 'cpu') and not types & RECURRENT and not groups_tokens(model)
+    return bool(model.device.type == 'cpu') and not types & RECURRENT and not rounding_depends_on_batch(model)
 
 
 def filled(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the inputs (1, T) of concatenated rows, with zeros after them, so that T becomes a multiple of 8."""
+    """Return the inputs of a concatenated batch, with zeros added until the number of tokens is a multiple of 8.
+
+    The inputs are tensors [1, tokens]. If a batch has fewer than 256 tokens, it is returned unchanged.
+    """
     tokens = inputs['input_ids'].shape[1]
     extra = -tokens % _MULTIPLE
     if tokens < _FEWEST_TOKENS or not extra:

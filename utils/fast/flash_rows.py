@@ -1,7 +1,14 @@
 """Attention for concatenated rows by the flash-attention kernels inside torch. The package flash-attn is not needed.
 
-Shapes in names: T tokens of all rows, H query heads, G key and value heads, D width of a query or key head, E width of
-a value head, W width of the padded heads, B rows.
+The letters at the end of a name are the dimensions of the tensor. For example, `query_HTD` has the shape
+[query heads, tokens, width].
+
+    T: tokens of all rows
+    H: query heads
+    G: key heads, which are also the value heads
+    D: width of a query head or key head
+    E: width of a value head
+    W: width to which all heads are padded
 """
 
 from __future__ import annotations
@@ -28,10 +35,11 @@ def flash_attention(
     window: int | None,
     scaling: float,
 ) -> torch.Tensor:
-    """Return the attention output (T, H, E).
+    """Return the attention output [tokens, query heads, value width].
 
-    `cu_seqlens` (B + 1) are the positions at which rows start, and the end of the last row, in int32. `longest` is the
-    length of the longest row. A query sees at most `window` keys. Heads are padded with zeros, which changes no score.
+    `cu_seqlens` has the index of the first token of each row, and then the number of all tokens. For example, it is
+    [0, 3, 5] for rows of 3 and 2 tokens. Its dtype is int32. `longest` is the length of the longest row. If `window` is
+    not None, a query sees at most this many keys.
     """
     width = flash_width(query_HTD.shape[-1], value_GTE.shape[-1])
     query, key, value = (_padded(x.transpose(0, 1), width) for x in (query_HTD, key_GTD, value_GTE))
@@ -47,11 +55,14 @@ def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class _FlashRows(torch.autograd.Function):
-    """Causal attention inside each row by torch's flash-attention kernels, with a window and with sinks.
+    """Causal attention inside each row, computed by torch's flash-attention kernels, with an optional window and sinks.
 
-    A sink is one more score in the softmax of a head, without a value. The kernels do not support sinks. So the forward
-    pass multiplies the output of the kernel by 1 minus the softmax weight of the sink. The backward kernel gets this
-    product and a logsumexp that includes the sink. With these inputs, its gradients are right.
+    A sink is an extra score in the softmax of a head. It takes a part of the attention weight, but adds nothing to the
+    output. The kernels do not support sinks, so sinks are computed outside of the kernels:
+
+    - The forward pass multiplies the output of the kernel by 1 minus the weight of the sink.
+    - The backward kernel reads the output and the logsumexp of the scores. It gets the multiplied output, and a
+      logsumexp that includes the sink. So its gradients include the effect of the sink.
     """
 
     @staticmethod

@@ -1,7 +1,14 @@
-"""Attention for concatenated rows by torch's flex_attention. It caps scores, which the flash kernels cannot do.
+"""Attention for concatenated rows by torch's flex_attention. It can cap scores, which the flash kernels cannot do.
 
-Shapes in names: T tokens of all rows, H query heads, G key and value heads, D width of a query or key head, E width of
-a value head, N blocks of queries or keys.
+The letters at the end of a name are the dimensions of the tensor. For example, `query_HTD` has the shape
+[query heads, tokens, width].
+
+    T: tokens of all rows
+    H: query heads
+    G: key heads, which are also the value heads
+    D: width of a query head or key head
+    E: width of a value head
+    N: blocks of 128 queries or 128 keys
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ def flex_rows_attention(
     softcap: float,
     scaling: float,
 ) -> torch.Tensor:
-    """Return the attention output (T, H, E). Scores become softcap * tanh(scores / softcap).
+    """Return the attention output [tokens, query heads, value width]. Scores become softcap * tanh(scores / softcap).
 
     On a GPU, flex_attention is compiled. Without compilation it would keep all scores in memory.
     """
@@ -46,9 +53,9 @@ def flex_rows_attention(
 
 
 def row_block_mask(lengths: Sequence[int], window: int | None, device: torch.device) -> BlockMask:
-    """Return the mask of concatenated rows of these lengths. A query sees at most `window` keys of its row.
+    """Return a mask for flex_attention in which a query sees only itself and earlier tokens of its row.
 
-    The visible blocks are computed from the lengths, so that no mask (T, T) is made.
+    `lengths` are the numbers of tokens of the rows. If `window` is not None, a query sees at most this many keys.
     """
     starts = [0, *accumulate(lengths)]
     tokens = starts[-1]
@@ -63,6 +70,7 @@ def row_block_mask(lengths: Sequence[int], window: int | None, device: torch.dev
 
     block_N = torch.arange(number)
     first_N = torch.tensor(first_blocks)
+    # No mask [tokens, tokens] is made: the visible blocks are computed from the lengths.
     # The visible blocks come first. The other blocks follow, so that each block is listed once.
     order_NN = (first_N[:, None] + block_N) % number
     row_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
@@ -85,7 +93,10 @@ def _sees(row_T: torch.Tensor, window: int | None) -> Callable[..., torch.Tensor
 
 @lru_cache
 def _cap(softcap: float) -> Callable[..., torch.Tensor]:
-    """Return the function that caps scores: the same object for the same cap, so that torch compiles it only once."""
+    """Return a function that turns a score into softcap * tanh(score / softcap).
+
+    The same `softcap` gives the same function object, so that torch compiles it only once.
+    """
 
     def cap(score: torch.Tensor, batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
         return softcap * torch.tanh(score / softcap)

@@ -1,9 +1,10 @@
-"""Unpacks the weights of frozen linear layers in the backward pass, so that no unpacked weights are stored for it.
+"""Saves memory in frozen linear layers with quantised weights, by unpacking each weight twice.
 
-A packed layer holds a quantised weight. gptqmodel keeps the unpacked weight of each such layer in memory until the
-backward pass. These weights take as much memory as an unpacked model. Here the backward pass unpacks each weight again.
+The forward pass needs the unpacked weight, and so does the backward pass. Between them, gptqmodel keeps the unpacked
+weights of all layers in memory, which takes as much memory as a model that is not quantised. With this module, the
+weights are not kept, and the backward pass unpacks them again.
 
-Shapes in names: I input features, O output features.
+The letters at the end of a name are the dimensions of the tensor: I for input features, O for output features.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _FUNCTIONS: dict[str, WeightOf] = {
 
 
 def path_of(layer: nn.Module) -> str:
-    """Return the name of a layer's class with its Python module.
+    """Return the name of a layer's class with its Python module, for example 'torch.nn.modules.linear.Linear'.
 
     By this name, classes of optional packages are recognised without importing the packages.
     """
@@ -59,12 +60,15 @@ def path_of(layer: nn.Module) -> str:
 
 
 def find_weight(layer: nn.Module) -> WeightOf | None:
-    """Return a function that returns the unpacked weight of a layer, or None if the class of the layer is not known."""
+    """Return the function that unpacks the weight of this layer, or None if the class of the layer is not known."""
     return _FUNCTIONS.get(path_of(layer))
 
 
 class _FrozenStep(torch.autograd.Function):
-    """Computes the output of a frozen packed layer. The backward pass unpacks the weight again."""
+    """Computes the output of a frozen quantised layer, without saving the unpacked weight for the backward pass.
+
+    The backward pass unpacks the weight again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: nn.Module, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
@@ -78,7 +82,7 @@ class _FrozenStep(torch.autograd.Function):
 
 
 class _FusedPacked(nn.Module):
-    """Mixin that stops a packed layer of gptqmodel from keeping its unpacked weight for the backward pass."""
+    """Mixin for quantised layers of gptqmodel, so that they save no unpacked weight for the backward pass."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output of the layer."""
@@ -90,7 +94,10 @@ class _FusedPacked(nn.Module):
 
 
 def fuse_packed(model: nn.Module) -> int:
-    """Make the GPTQ layers of a model keep no unpacked weight for the backward pass. Returns the number of layers."""
+    """Change a model's GPTQ layers so that they save no unpacked weight for the backward pass.
+
+    Returns the number of these layers.
+    """
     layers = [layer for layer in model.modules() if find_weight(layer) is _unpack_gptq]
     for layer in layers:
         swap_class(layer, _FusedPacked)

@@ -1,6 +1,7 @@
 """Replaces the forward of gated MLPs (for example SwiGLU) by a fused forward that needs less memory.
 
-The fused forward computes act(gate) * up as one autograd function, which saves only gate and up for the backward pass.
+A gated MLP computes down(act(gate(x)) * up(x)). The fused forward saves only gate(x) and up(x) for the backward pass,
+not act(gate(x)).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _PARTS = {*_LAYERS, 'act_fn'}
 
 
 class _GatedStep(torch.autograd.Function):
-    """Computes act(gate) * up and saves only gate and up. The backward pass computes act(gate) again."""
+    """Computes act(gate) * up, and saves only gate and up for the backward pass, which computes act(gate) again."""
 
     @staticmethod
     def forward(
@@ -49,7 +50,7 @@ class _GatedStep(torch.autograd.Function):
 
 
 class _FusedGate(nn.Module):
-    """Mixin for the class of a gated MLP. It keeps the layers, and computes act(gate) * up with `_GatedStep`."""
+    """Mixin for a gated MLP. It keeps the layers of the MLP, and saves only gate(x) and up(x) for the backward pass."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -70,8 +71,8 @@ class _FusedGate(nn.Module):
 def fuse_gates(model: nn.Module) -> int:
     """Replace the forward of a model's gated MLPs by the fused forward, and return the number of replaced MLPs.
 
-    An MLP is fused only if it passes a test. The test replaces the linear layers in a copy of the MLP by small ones.
-    The original forward of this copy and the fused forward must give bitwise the same output.
+    An MLP is replaced only if its own forward and the fused forward give bitwise the same output in a test. The test is
+    made on a copy of the MLP that has small linear layers.
     """
     fused = 0
     for block in list(model.modules()):
@@ -85,9 +86,9 @@ def fuse_gates(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _is_gated(block: nn.Module) -> bool:
-    """Return whether the forward of a block gives bitwise the same output as the forward of `_FusedGate`.
+    """Return whether the forward of `block` computes down(act(gate(x)) * up(x)).
 
-    For this comparison, the layers of the block are replaced by small test layers.
+    On a copy of the block that has small linear layers, both results must be bitwise equal.
     """
     if len(inspect.signature(type(block).forward).parameters) != 2:
         return False

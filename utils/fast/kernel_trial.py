@@ -2,8 +2,14 @@
 
 Without a GPU, no kernel is tried and triton is not imported.
 
-Shapes in names: B rows, H heads, T tokens, D width of a head, R width of its rotated part (the first R of D values),
-N positions, V vocabulary.
+The letters at the end of a name are the dimensions of the tensor. For example, `logits_NV` has the shape
+[positions, vocabulary].
+
+    B: rows
+    T: tokens
+    R: values of a head that rotary embedding rotates
+    N: positions
+    V: vocabulary
 """
 
 from __future__ import annotations
@@ -21,7 +27,8 @@ from utils.base.logger import logger
 from utils.cli.resolution import log_decision
 
 Step = Callable[..., torch.Tensor]
-# Takes queries and keys (B, H, T, D), and cosines and sines (B, T, R). Returns the rotated queries and keys.
+# Takes queries and keys [rows, heads, tokens, width], and cosines and sines [rows, tokens, rotated values]. Returns the
+# rotated queries and keys.
 Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 # Takes raw logits (N, V), targets (N) and a factor. Returns -log p(target) of each position, and overwrites the logits
 # with the gradient of the sum of these losses, multiplied by the factor.
@@ -65,7 +72,7 @@ def norm_kernel(
 def gate_kernel(activation: str, dtype: torch.dtype, device: torch.device) -> Step | None:
     """Return the kernel for silu(gate) * up, or None if the kernel cannot be used.
 
-    `activation` is the class name of the activation function in the MLP.
+    `activation` is the class of the MLP's activation function, for example 'torch.nn.modules.activation.SiLU'.
     """
     if device.type != 'cuda' or dtype not in _DTYPES or activation not in _SILU:
         return None
@@ -81,7 +88,7 @@ def gate_kernel(activation: str, dtype: torch.dtype, device: torch.device) -> St
 
 
 class RotaryCase(NamedTuple):
-    """What a kernel for rotary embedding depends on.
+    """The sizes and dtypes of one attention layer that decide whether the kernel for rotary embedding can be used.
 
     Each head is `width` wide. The first `rotated` of its values are rotated. The tables of cosines and sines have the
     dtype `table_dtype`.
@@ -99,7 +106,7 @@ class RotaryCase(NamedTuple):
 def rotary_kernel(case: RotaryCase, device: torch.device, plain: Rotation) -> Rotation | None:
     """Return the kernel for rotary embedding, or None if it cannot be used.
 
-    `plain` is the function of the class that the kernel replaces. The result has the dtype that `plain` gives.
+    `plain` is the function that the kernel replaces. The kernel returns the dtype that `plain` returns.
     """
     is_known = {case.dtype, case.table_dtype} <= set(_DTYPES) and case.rotated % 2 == 0
     if device.type != 'cuda' or not is_known:
@@ -120,9 +127,10 @@ def rotary_kernel(case: RotaryCase, device: torch.device, plain: Rotation) -> Ro
 
 
 def rotary_inputs(case: RotaryCase, device: torch.device, *, tokens: int = _ROWS) -> list[torch.Tensor]:
-    """Return random queries (1, H, T, D), keys, cosines (1, T, R) and sines for a case.
+    """Return random inputs for the trial of a rotary kernel: queries, keys, cosines and sines.
 
-    As in the attention classes, queries and keys are transposed views of tensors (1, T, H, D).
+    Queries and keys are [1, heads, tokens, width], and cosines and sines are [1, tokens, rotated values]. As in
+    transformers, queries and keys are transposed views of tensors [1, tokens, heads, width].
     """
     query, key = (
         _values(tokens, heads * case.width, case.dtype, device).view(1, tokens, heads, case.width).transpose(1, 2)
@@ -133,7 +141,10 @@ def rotary_inputs(case: RotaryCase, device: torch.device, *, tokens: int = _ROWS
 
 
 def joined(rotate: Rotation, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor) -> Step:
-    """Return a function of queries and keys whose result is one tensor, for comparisons of outputs and gradients."""
+    """Return a function of queries and keys that calls `rotate` and returns both results in one flat tensor.
+
+    The trial compares kernels by one output tensor. So the rotated queries and the rotated keys are concatenated.
+    """
     return lambda query, key: torch.cat([x.flatten() for x in rotate(query, key, cos_BTR, sin_BTR)])
 
 
@@ -143,8 +154,8 @@ def loss_kernel(
 ) -> LossStep | None:
     """Return the kernel that computes the loss and overwrites the logits with their gradient, or None if not possible.
 
-    The kernel takes the result of the head's matrix product. It multiplies this result by `scale`, and applies the soft
-    cap `cap`, before it computes the loss.
+    The kernel takes logits as they come from the head's matrix product. Before it computes the loss, it multiplies them
+    by `scale`. If `cap` is not None, it then caps them to cap * tanh(logits / cap).
     """
     if device.type != 'cuda' or dtype not in _DTYPES:
         return None
@@ -162,9 +173,9 @@ def loss_kernel(
 def loss_difference(
     ours: LossStep, dtype: torch.dtype, vocabulary: int, scale: float, cap: float | None, device: torch.device
 ) -> str | None:
-    """Return in words by how much losses or gradients differ from those of torch in fp32.
+    """Return the error of a loss kernel in words, for example 'a gradient is off by 0.025', or None.
 
-    Returns None if they differ by no more than rounding.
+    The losses and gradients of `ours` are compared with those of torch in fp32. Returns None if only rounding differs.
     """
     factor = 0.5
     logits_NV = 3 * _values(5, vocabulary, dtype, device)
@@ -184,10 +195,10 @@ def loss_difference(
 
 @contextmanager
 def conditions(device: torch.device) -> Iterator[None]:
-    """A context for trials on this device: gradients are computed, autocast and gradient checkpointing are off.
+    """A context for the trial of a kernel: gradients are computed, and autocast and gradient checkpointing are off.
 
-    A trial may run in the forward pass of a checkpointed layer. Checkpointing would compute this layer again as soon as
-    the backward pass of the trial needs a saved tensor.
+    A trial may run in the forward pass of a checkpointed layer. If checkpointing were on, it would compute this layer
+    again for the backward pass of the trial.
     """
 
     def unchanged(x: torch.Tensor) -> torch.Tensor:
@@ -202,20 +213,23 @@ def conditions(device: torch.device) -> Iterator[None]:
 
 
 def _values(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return random values (rows, width), the same in each call. The random state of torch is not used or changed."""
+    """Return random values [rows, width], the same in each call. The random state of torch is not used or changed."""
     random = torch.Generator().manual_seed(rows + width)
     return torch.randn(rows, width, generator=random).to(device, dtype)
 
 
 def _passes(name: str, load: Callable[[], Step], plain: Step, inputs: Sequence[torch.Tensor]) -> bool:
-    """Return whether a kernel gives the output and gradients of `plain`, up to rounding. The result is logged."""
+    """Try a kernel, log the result, and return whether its output and gradients equal those of `plain`, up to rounding.
+
+    `load` returns the kernel. If it raises an error, the kernel does not pass.
+    """
     return _is_used(name, lambda: _difference(load(), plain, inputs))
 
 
 def _is_used(name: str, trial: Callable[[], str | None]) -> bool:
     """Run the trial of a kernel, log its result, and return whether it passed.
 
-    `trial` returns the failure in words. It returns None if the kernel passes.
+    If the kernel passes, `trial` returns None. Otherwise `trial` returns the failure in words.
     """
     try:
         failure = trial()
@@ -229,7 +243,11 @@ def _is_used(name: str, trial: Callable[[], str | None]) -> bool:
 
 
 def _difference(ours: Step, plain: Step, inputs: Sequence[torch.Tensor]) -> str | None:
-    """Return in words by how much output or gradients differ. Returns None if they differ by no more than rounding."""
+    """Return in words by how much the results of two functions differ, or None if only rounding differs.
+
+    Both functions are called with `inputs`. Their outputs and their gradients are compared. For example, the result is
+    'a gradient is off by 0.025'.
+    """
     found = []
     with conditions(inputs[0].device):
         for step in (ours, plain):
@@ -244,9 +262,9 @@ def _difference(ours: Step, plain: Step, inputs: Sequence[torch.Tensor]) -> str 
 
 
 def _output_error(out: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """Return in words by how much `out` differs from `wanted`. Returns None if they differ by no more than rounding.
+    """Return in words by how much `out` differs from `wanted`, or None if only rounding differs.
 
-    `dtype` is the dtype of the inputs.
+    `dtype` is the dtype of the inputs from which both were computed.
     """
     if out.dtype != wanted.dtype:
         return f'its output is {out.dtype} instead of {wanted.dtype}'
@@ -260,9 +278,9 @@ def _output_error(out: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -
 
 
 def _gradient_error(grads: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], dtype: torch.dtype) -> str | None:
-    """Return in words by how much a gradient differs from the wanted one. Returns None if only rounding differs.
+    """Return in words by how much a gradient differs from the wanted one, or None if only rounding differs.
 
-    `dtype` is the dtype of the inputs.
+    `dtype` is the dtype of the inputs from which both were computed.
     """
     for grad, wanted_grad in zip(grads, wanted, strict=True):
         error = float((grad.double() - wanted_grad.double()).norm() / wanted_grad.double().norm())

@@ -30,7 +30,7 @@ def use_padding_free(model: Any, args: SftArguments, *, longest: int, decide: De
     if args.padding_free is False:
         return False
 
-    reason = why_padded(model, longest) or _difference(model)
+    reason = why_padded(model, longest) or _try_concatenated(model)
     if reason is None:
         decide('padding_free', True, 'concatenated rows of this model do not see each other')
         return True
@@ -42,10 +42,10 @@ def use_padding_free(model: Any, args: SftArguments, *, longest: int, decide: De
 
 
 def exact_head(model: Any, args: SftArguments, decide: Decide = log_decision) -> Head | None:
-    """Return the output head, if the loss can be computed from it in chunks.
+    """Return the output head if the loss can be computed from it in chunks, otherwise None.
 
-    Returns None if --chunked_loss is false, or if the logits must be computed by the model itself. In the second case
-    `decide` is called with the reason.
+    If --chunked_loss is false, the result is None. If only the model itself can compute the logits, the result is None
+    too, and `decide` is called with the reason.
     """
     if not args.chunked_loss:
         return None
@@ -63,7 +63,8 @@ def exact_head(model: Any, args: SftArguments, decide: Decide = log_decision) ->
 def why_padded(model: Any, longest: int) -> str | None:
     """Return the reason why rows must be padded for this model, or None if there is no reason.
 
-    Only the class, the config and the sharding of the model are checked; the model is not run.
+    `longest` is the number of tokens of the longest row. Only the class, the config and the sharding of the model are
+    checked. The model is not run.
     """
     config = model.config
     name = type(model).__name__
@@ -84,19 +85,22 @@ def why_padded(model: Any, longest: int) -> str | None:
 
 
 def _some_ids(model: Any, count: int, first: int = 0) -> torch.Tensor:
-    """Return token ids for a test, as a tensor (1, count). A different `first` gives different ids."""
+    """Return `count` token ids for a test, as a tensor [1, count]. A different `first` gives different ids."""
     size = model.get_input_embeddings().weight.shape[0]
     return torch.tensor([[(first + 7 * i) % size for i in range(1, count + 1)]], device=model.device)
 
 
 @torch.no_grad()
-def _difference(model: Any) -> str | None:
-    """Switch the attention to concatenated rows, and check that the logits of a row do not depend on the other rows.
+def _try_concatenated(model: Any) -> str | None:
+    """Switch the model to concatenated rows and test it. If the test fails, switch back and return the reason.
 
-    A row is computed twice, each time beside different rows of the same lengths. Both logits must be bitwise equal, or
-    equal up to rounding if `groups_tokens` is True. They must also be near the logits of the row alone. Returns None if
-    the check passes. If it fails, or if the model raises ValueError, the attention is switched back, and the reason is
-    returned.
+    If the test passes, the result is None. The test computes the logits of one row three times: alone, and in two
+    concatenated batches whose other rows differ. It has three conditions:
+
+    - The model raises no ValueError.
+    - The logits in the two batches are bitwise equal. If `rounding_depends_on_batch(model)` is True, a difference by
+      rounding is allowed.
+    - The logits in the batches are near the logits of the row alone.
     """
     before = model.config._attn_implementation
     training = model.training
@@ -115,7 +119,7 @@ def _difference(model: Any) -> str | None:
     is_exact = alone_TV.dtype == model.dtype
     largest = float(alone_TV.abs().max())
     allowed = 0.0
-    if groups_tokens(model):
+    if rounding_depends_on_batch(model):
         allowed = (1e-3 if is_exact else 3e-2) * largest
     changed = float((second_2TV - first_2TV).abs().max())
     changed_alone = float((first_2TV - alone_TV).abs().max())
@@ -127,12 +131,12 @@ def _difference(model: Any) -> str | None:
     return f'the logits of a row of {type(model).__name__} change by up to {difference:.3g} beside other rows'
 
 
-def groups_tokens(model: Any) -> bool:
+def rounding_depends_on_batch(model: Any) -> bool:
     """Return whether the rounding errors of a token depend on the other tokens of its batch.
 
-    They do in an expert, which computes all tokens that are routed to it in one matrix product. They also do in an
-    8-bit layer of bitsandbytes, which computes some columns in 16 bits and chooses these columns from all tokens of the
-    batch.
+    They do in a model with experts, because an expert computes all its tokens in one matrix product. They also do in
+    8-bit layers of bitsandbytes. These layers compute some columns of their input in 16 bits, and the choice of the
+    columns depends on all tokens.
     """
     settings = model.config.to_dict()
     text = model.config.get_text_config().to_dict()
@@ -141,9 +145,10 @@ def groups_tokens(model: Any) -> bool:
 
 
 def _logits_beside(model: Any, row: torch.Tensor, number: int) -> torch.Tensor:
-    """Run the model on four concatenated rows, of which the second and the fourth are `row`, a tensor of ids (1, T).
+    """Return the logits [2, tokens, vocabulary] of a row that is computed twice in one concatenated batch.
 
-    Returns the logits (2, T, V) of these two rows. `number` determines the ids of the other two rows.
+    `row` is a tensor of token ids [1, tokens]. The batch has four rows, of which the second and the fourth are `row`.
+    `number` determines the token ids of the other two rows.
     """
     rows = [_some_ids(model, 5, number + 1), row, _some_ids(model, 12, number), row]
     lengths = [ids.shape[1] for ids in rows]

@@ -1,6 +1,12 @@
 """LoRA layers for --tuner_backend swift: one step computes base and adapter, with little memory for the backward pass.
 
-Shapes in names: N tokens, I input features, O output features, R rank of the adapter.
+The letters at the end of a name are the dimensions of the tensor. For example, `a_RI` has the shape
+[rank, input features].
+
+    N: tokens
+    I: input features
+    O: output features
+    R: rank of the adapter
 """
 
 from __future__ import annotations
@@ -24,14 +30,13 @@ _PEFT_LAYERS = (
 
 
 class _LoraStep(torch.autograd.Function):
-    """Computes y = base(x) + scale (x A^T) B^T. The base layer is frozen, A and B are trained.
+    """Computes y = base(x) + scale * (x @ A.T) @ B.T. The base layer is frozen, the LoRA matrices A and B are trained.
 
-    `weight_of` returns the weight (O, I) of the base layer. It is called in the backward pass, and only for the
-    gradient of x. `low_a_RI` and `low_b_OR` are A and B in the dtype of x. A and B themselves are only passed to get
-    their gradients.
+    `weight_of` returns the weight of the base layer. It is called in the backward pass, and only if x needs a gradient.
+    `low_a_RI` and `low_b_OR` are A and B in the dtype of x. `a_RI` and `b_OR` are passed only to get their gradients.
 
-    Only x and x A^T are saved for the backward pass, in the dtype of x. Layers with the same input, such as query, key
-    and value, share the memory of x. PEFT's own layer saves a copy of x in fp32.
+    Only x and x @ A.T are saved for the backward pass, in the dtype of x. Layers with the same input, for example
+    query, key and value, share the memory of x. PEFT's own layer saves a copy of x in fp32.
     """
 
     @staticmethod
@@ -72,10 +77,14 @@ class _LoraStep(torch.autograd.Function):
 
 
 def _adapter_in_use(layer: Any, kwargs: dict[str, Any]) -> str | None:
-    """Return the name of the adapter if a LoRA layer can be computed in one step now, otherwise None.
+    """Return the name of the active adapter if `_LoraStep` can compute the layer now, otherwise None.
 
-    One step is possible with exactly one active adapter that is not merged or disabled. It is not possible with active
-    dropout, a trained base layer or keyword arguments.
+    `_LoraStep` can compute the layer under four conditions:
+
+    - Exactly one adapter is active, and it is not merged or disabled.
+    - No dropout is active.
+    - The base layer is frozen.
+    - `kwargs`, the keyword arguments of the forward, are empty.
     """
     active = layer.active_adapters
     if len(active) != 1 or layer.disable_adapters or layer.merged or kwargs or layer.base_layer.weight.requires_grad:
@@ -86,7 +95,7 @@ def _adapter_in_use(layer: Any, kwargs: dict[str, Any]) -> str | None:
 
 
 def _factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Return four tensors of an adapter: A and B, then A and B in `dtype`."""
+    """Return four tensors: the LoRA matrices A and B of the adapter `name`, and both once more in `dtype`."""
     weights = layer.lora_A[name].weight, layer.lora_B[name].weight
     return *weights, *(layer.low_copies.of(weight, dtype) for weight in weights)
 

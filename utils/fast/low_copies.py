@@ -15,10 +15,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class _Steps:
-    """Counts the steps of all optimizers.
+    """Counts the steps of all optimizers in this process.
 
-    A copy is renewed if torch's version counter of its weight has changed. The kernels of bitsandbytes change a weight
-    without changing the counter. So all copies are also renewed after each step of an optimizer.
+    `LowCopies` uses the count to know when a weight may have changed. torch's version counter of the weight is not
+    enough, because the kernels of bitsandbytes change weights without changing the counter.
     """
 
     def __init__(self) -> None:
@@ -43,15 +43,18 @@ class _Copy:
 
 
 class LowCopies:
-    """Copies of the fp32 weights of a model's adapters in a smaller dtype."""
+    """Keeps a copy of each adapter weight in a smaller dtype, for example bf16. The weights themselves are in fp32.
+
+    The first use of a copy after an optimizer step, or after another change of its weight, renews the copy.
+    """
 
     def __init__(self) -> None:
         self._copies: dict[tuple[int, torch.dtype], _Copy] = {}
 
     def of(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the values of the weight in this dtype, without gradient.
+        """Return the values of `weight` in `dtype`, without gradient.
 
-        If the weight has this dtype, the weight itself is returned, not a copy.
+        If the weight has this dtype, no copy is made: the result shares the memory of the weight.
         """
         if weight.dtype == dtype:
             return weight.detach()

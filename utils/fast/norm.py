@@ -24,7 +24,10 @@ _EPSILONS = ('variance_epsilon', 'eps', 'epsilon')
 
 
 class _NormStep(torch.autograd.Function):
-    """Computes weight * x / rms(x) and rounds it to the dtype of x. The backward pass normalises x again."""
+    """Computes RMSNorm: weight * x / rms(x). The backward pass normalises x again, to save memory.
+
+    `kind` says in which order the result is multiplied by the weight and rounded.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: Kind) -> torch.Tensor:
@@ -56,21 +59,24 @@ class _NormStep(torch.autograd.Function):
 
 
 def _factor(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> torch.Tensor:
-    """Return the factor for the normalised x. It is 1 + `weight` for the kind one_plus, and `weight` otherwise."""
+    """Return the factor for the normalised x: 1 + `weight` if `kind` is 'one_plus', otherwise `weight`."""
     if kind == 'one_plus':
         return 1.0 + weight.to(torch.promote_types(dtype, torch.float32))
     return weight.to(dtype)
 
 
 class _FusedNorm(nn.Module):
-    """Mixin for the class of a norm layer. It keeps weight and epsilon, and computes the output with `_NormStep`."""
+    """Mixin for an RMSNorm layer, so that it needs less memory for the backward pass.
+
+    It keeps the weight and epsilon of the layer.
+    """
 
     weight: nn.Parameter
     norm_kind: Kind
     norm_epsilon: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x, normalised over its last dimension and multiplied by the weight, in the dtype of x."""
+        """Return x, normalised over its last dimension and multiplied by the weight."""
         weight = self.weight
         kernel = norm_kernel(self.norm_kind, x.dtype, weight.dtype, x.shape[-1], x.device, _NormStep.apply)
         normalised: torch.Tensor = (kernel or _NormStep.apply)(x, weight, self.norm_epsilon, self.norm_kind)
@@ -80,7 +86,7 @@ class _FusedNorm(nn.Module):
 def fuse_norms(model: nn.Module) -> int:
     """Replace the forward of a model's RMSNorm layers by the fused forward, and return the number of replaced layers.
 
-    A layer is fused only if its output on a fixed test input is bitwise equal to one of the known RMSNorm variants.
+    A layer is replaced only if a known variant of RMSNorm gives bitwise the same output on a test input.
     """
     fused = 0
     for layer in list(model.modules()):
@@ -101,10 +107,7 @@ def fuse_norms(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _kind_of(layer: nn.Module, epsilon: float) -> Kind | None:
-    """Return the first kind of RMSNorm that gives bitwise the same output as the layer on a test input.
-
-    Returns None if there is no such kind.
-    """
+    """Return the first kind of RMSNorm that gives bitwise the same output as the layer on test inputs, or None."""
     weight = layer.get_parameter('weight')
     equal = set(_KINDS)
     # bf16 input is tried too, because under autocast layers with fp32 weights get bf16 input. In fp32 nothing is

@@ -1,10 +1,11 @@
-"""Keeps concatenated rows apart in layers with a recurrent state: gated delta nets and short convolutions.
+"""Makes recurrent layers (gated delta nets, short convolutions) compute each row of a concatenated batch separately.
 
-Such a layer passes a state from token to token. In a concatenated batch, the state would also pass from row to row. So
-the layer gets padded batches instead. The padding is at the end of a row. It changes no result, because no state goes
-back to earlier tokens.
+A recurrent layer passes a state from token to token. In a concatenated batch, the state would also pass from one row to
+the next row. So the layer gets padded batches instead, each made of rows of similar length. The padding is at the end
+of a row. It changes no result, because no state goes back to earlier tokens.
 
-Shapes in names: T tokens of all rows, B rows of a group, L length of its longest row, C hidden width.
+The letters at the end of a name are the dimensions of the tensor. For example, `group_BLC` has the shape
+[rows of a group, length of its longest row, hidden width]. T stands for the tokens of all rows.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ _MASKS = 'attention_mask'
 
 
 class _RowsApart(nn.Module):
-    """Mixin for the class of a recurrent layer. The layer keeps rows apart if its attention_mask is a RowMask."""
+    """Mixin for a recurrent layer, so that its state does not pass from one concatenated row to the next.
+
+    The layer finds the rows in its argument attention_mask, if this is a RowMask. With any other mask, it computes as
+    before.
+    """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the output of the layer, (1, T, C) for concatenated rows."""
+        """Return the output of the layer. For concatenated rows, the shape is [1, tokens, hidden width]."""
         rows = kwargs.get(_MASKS)
         if not isinstance(rows, RowMask):
             unchanged: torch.Tensor = super().forward(hidden_states, *args, **kwargs)
@@ -43,12 +48,11 @@ class _RowsApart(nn.Module):
 
 
 def keep_rows_apart(model: Any, *, flash_package: bool) -> int:
-    """Make the recurrent layers of a model keep concatenated rows apart. Returns the number of such layers.
+    """Change a model's recurrent layers so that no state passes from row to row. Returns the number of these layers.
 
-    Inside the context `concatenated_rows`, the decoder then passes a RowMask to its layers in place of the mask tensor.
-    The layers do not read the RowMask from the context, because gradient checkpointing calls a layer a second time,
-    after the context has ended. The second call has the same arguments. With `flash_package`, attention layers get no
-    mask, because the package flash-attn finds the rows from position_ids.
+    The change has an effect only inside the context `concatenated_rows`. There, layers get a RowMask, which has the row
+    lengths, in place of the attention mask. If `flash_package` is True, attention layers get None instead, because the
+    package flash-attn finds the rows from position_ids.
     """
     layers = [m for m in model.modules() if type(m).__name__.endswith(_NAMES)]
     changed = [layer for layer in layers if not isinstance(layer, _RowsApart)]
@@ -61,6 +65,8 @@ def keep_rows_apart(model: Any, *, flash_package: bool) -> int:
     types = sorted(set(config.layer_types))
     windows = {'sliding_attention': getattr(config, 'sliding_window', None)}
 
+    # The layers get the rows as an argument, because gradient checkpointing calls a layer a second time with the same
+    # arguments. The context has ended then, so the layer could not read the rows from it.
     def pass_rows(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         rows = rows_of_batch()
         if rows is None:

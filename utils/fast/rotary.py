@@ -1,6 +1,6 @@
-"""Keeps the result of a row independent of the other rows in its batch.
+"""Keeps the result of a row independent of the other rows in its batch, for models with certain rotary embeddings.
 
-This is needed because some rotary embeddings choose their frequencies by the longest row of a batch.
+Dynamic and longrope embeddings choose their frequencies by the longest row of a batch.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def _parameters(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def depends_on_batch_from(config: Any) -> int | None:
-    """Return the largest row length that does not change the rotary frequencies, or None if no length changes them.
+    """Return the largest row length at which the rotary frequencies do not change, or None if they never change.
 
-    If a batch has a longer row, all rows of the batch get the frequencies of the longest row.
+    If a batch has a longer row, all rows of the batch get the frequencies for the longest row.
     """
     trained_length = getattr(config.get_text_config(), 'max_position_embeddings', None)
     limits = []
@@ -33,10 +33,10 @@ def depends_on_batch_from(config: Any) -> int | None:
 
 
 def forget_longer_batches(model: Any) -> None:
-    """Make the next forward pass choose its rotary frequencies by its own length, not by the length of earlier batches.
+    """Make the next forward pass of a model choose its rotary frequencies without regard to earlier batches.
 
-    A dynamic embedding keeps the frequencies of the longest batch so far, until a short batch comes. A resumed run has
-    not seen the longest batch, so it would continue with different frequencies.
+    After a long batch, dynamic embeddings use the frequencies of this batch for shorter batches too. A resumed run has
+    not computed the long batch. So without this function, its results would differ from those of an uninterrupted run.
     """
     for module in model.modules():
         kinds = getattr(module, 'rope_type', None)
@@ -51,7 +51,8 @@ def forget_longer_batches(model: Any) -> None:
 def groups_of_rows(lengths: list[int], limit: int) -> list[list[int]]:
     """Return groups of row indices, one group for each forward pass.
 
-    All rows of at most `limit` tokens form one group, and each longer row forms a group alone.
+    Each row longer than `limit` is a group of its own. All other rows are one group. For example, the lengths [3, 9, 2]
+    and the limit 4 give [[0, 2], [1]].
     """
     short = [index for index, length in enumerate(lengths) if length <= limit]
     long = [[index] for index, length in enumerate(lengths) if length > limit]

@@ -1,10 +1,11 @@
 """Applies rotary embedding to queries and keys in one pass, with a Triton kernel that must first pass a trial.
 
-The forward of an attention class of transformers calls the function `apply_rotary_pos_emb` of its module. A fused layer
-runs a copy of this forward, in which the name `apply_rotary_pos_emb` stands for a function that uses the kernel. The
-module is not changed, so all other models of the process keep the original function.
+In transformers, the forward of an attention layer calls a function of its Python module, `apply_rotary_pos_emb`.
+`fuse_rotary` gives the layer a copy of this forward. The copy calls another function under this name, which uses the
+kernel. The Python module is not changed, so all other models of the process keep the original function.
 
-Shapes in names: B rows, H heads, T tokens, D width of a head, R width of its rotated part (the first R of D values).
+The letters at the end of a name are the dimensions of the tensor. For example, `query_BHTD` has the shape
+[rows, heads, tokens, width]. R is the number of values of a head that are rotated.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _PARAMETERS = ('q', 'k', 'cos', 'sin', 'unsqueeze_dim')
 
 
 class _FusedRotary(nn.Module):
-    """Base class of the mixins that `fuse_rotary` makes. There is one mixin for each class of attention layers."""
+    """Base class of the mixins that `_mixin_for` makes, one mixin for each class of attention layers."""
 
 
 def fuse_rotary(model: nn.Module) -> int:
-    """Replace the forward of a model's attention layers, and return the number of replaced layers.
+    """Make a model's attention layers use the Triton kernel for rotary embedding. Returns the number of changed layers.
 
-    The new forward uses the kernel for rotary embedding if the kernel can run. A layer gets the new forward only if
-    `apply_rotary_pos_emb` of its module gives bitwise the same results as the function of Llama on test inputs.
+    A layer is changed only if the rotary function of its class equals Llama's: on test inputs, both must give bitwise
+    the same results. The changed layer uses the kernel whenever the kernel can run on its inputs.
     """
     fused = 0
     for layer in list(model.modules()):
@@ -49,15 +50,16 @@ def fuse_rotary(model: nn.Module) -> int:
 
 @lru_cache(maxsize=256)
 def _mixin_for(kind: type[nn.Module]) -> type[_FusedRotary] | None:
-    """Return a mixin whose forward is a copy of the forward of `kind` that uses the kernel for rotary embedding.
+    """Return a mixin for layers of the class `kind`, whose forward uses the kernel for rotary embedding.
 
-    Returns None if the forward of `kind` does not call a function that computes like `apply_rotary_pos_emb` of Llama.
+    The forward is a copy of the forward of `kind`, and calls another rotary function. Returns None if `kind` does not
+    use a rotary function that equals Llama's.
     """
     forward = kind.forward
     if not isinstance(forward, types.FunctionType) or _NAME not in forward.__code__.co_names:
         return None
     plain = forward.__globals__.get(_NAME)
-    if plain is None or not _is_of_llama(plain):
+    if plain is None or not _equals_llama(plain):
         return None
 
     names = {**forward.__globals__, _NAME: rotation_over(plain)}
@@ -70,9 +72,12 @@ def _mixin_for(kind: type[nn.Module]) -> type[_FusedRotary] | None:
 
 
 @torch.no_grad()
-def _is_of_llama(plain: Any) -> bool:
-    """Return whether a function has the parameters of Llama's function and gives bitwise the same results."""
-    parameters = inspect.signature(plain).parameters
+def _equals_llama(rotate: Any) -> bool:
+    """Return whether the function `rotate` equals Llama's function `apply_rotary_pos_emb` in parameters and results.
+
+    The results are compared bitwise, on test inputs.
+    """
+    parameters = inspect.signature(rotate).parameters
     if tuple(parameters) != _PARAMETERS or parameters['unsqueeze_dim'].default != 1:
         return False
 
@@ -84,8 +89,8 @@ def _is_of_llama(plain: Any) -> bool:
         sin_BTR = torch.linspace(0, 7, 24).sin().view(1, 3, 8).to(dtype)
         wanted = [_rotated(x, cos_BTR, sin_BTR) for x in (query_BHTD, key_BHTD)]
         try:
-            found = plain(query_BHTD, key_BHTD, cos_BTR, sin_BTR)
-            other = plain(query_BHTD.transpose(1, 2), key_BHTD.transpose(1, 2), cos_BTR, sin_BTR, unsqueeze_dim=2)
+            found = rotate(query_BHTD, key_BHTD, cos_BTR, sin_BTR)
+            other = rotate(query_BHTD.transpose(1, 2), key_BHTD.transpose(1, 2), cos_BTR, sin_BTR, unsqueeze_dim=2)
         except RuntimeError:  # it needs tables of another width
             return False
         if not all(map(torch.equal, found, wanted)):
@@ -96,7 +101,7 @@ def _is_of_llama(plain: Any) -> bool:
 
 
 def _rotated(x_BHTD: torch.Tensor, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor) -> torch.Tensor:
-    """Return x with Llama's rotary embedding applied. The whole head is rotated (R = D)."""
+    """Return x [rows, heads, tokens, width] with Llama's rotary embedding applied to all values of each head."""
     low, high = x_BHTD.chunk(2, dim=-1)
     return x_BHTD * cos_BTR[:, None] + torch.cat((-high, low), dim=-1) * sin_BTR[:, None]
 
@@ -124,9 +129,10 @@ def rotation_over(plain: Rotation) -> Rotation:
 def find_kernel(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int, plain: Rotation
 ) -> Rotation | None:
-    """Return the kernel that can replace `plain` for these queries, keys and tables, or None if no kernel can.
+    """Return the kernel that can replace `plain` for these inputs, or None if no kernel can.
 
-    The heads are in dimension `unsqueeze_dim` (1 or 2) of q and k. The kernel takes heads in dimension 1.
+    `unsqueeze_dim` is the dimension of the heads in q and k. If it is 2, the caller must swap dimensions 1 and 2 of q
+    and k before it calls the kernel, because the kernel takes heads in dimension 1.
     """
     is_known = q.dim() == k.dim() == 4 and cos.dim() == 3 and unsqueeze_dim in (1, 2)
     if not is_known or cos.shape != sin.shape or cos.requires_grad or sin.requires_grad:

@@ -1,7 +1,24 @@
 """The rows of a concatenated batch, as attention layers and recurrent layers get them.
 
-Shapes in names: T tokens of all rows, B rows or blocks of a group, L length of its longest row, G key heads, R query
-heads per key head, H = G * R, Q queries of a block, K keys of a block, N padded queries of all blocks and heads.
+A concatenated batch has its rows of tokens one after the other, without padding. Attention and recurrent layers compute
+it in one of two ways:
+
+- In groups of rows. Rows of similar length form a group, and each row is padded to the longest row of its group.
+- In groups of blocks. A block is at most 128 consecutive queries of a row, with all keys that they may see. Its queries
+  and keys are padded to a multiple of 32. Blocks of equal shape form a group.
+
+The letters at the end of a name are the dimensions of the tensor. For example, `index_BL` has the shape
+[rows of a group, length of its longest row].
+
+    T: tokens of all rows
+    B: rows of a group of rows, or blocks of a group of blocks
+    L: length of the longest row of a group of rows
+    G: key heads
+    R: query heads that share one key head
+    H: query heads
+    Q: queries of a block, with padding
+    K: keys of a block, with padding
+    N: vectors of all padded blocks, one for each query and head
 """
 
 from __future__ import annotations
@@ -23,7 +40,10 @@ T = TypeVar('T')
 
 
 class Block(NamedTuple):
-    """A block of queries at the positions `start` to `end` - 1, with keys at `first_key` to `end` - 1."""
+    """A block of queries of one row, with the keys that they may see.
+
+    The queries are the tokens `start` to `end` - 1 of the batch. The keys are the tokens `first_key` to `end` - 1.
+    """
 
     first_key: int
     start: int
@@ -31,10 +51,12 @@ class Block(NamedTuple):
 
 
 class BlockGroup(NamedTuple):
-    """Blocks of different rows that have the same shape after padding, so that one matrix product computes all.
+    """Blocks of queries that have the same shape after padding, so that one matrix product computes all of them.
 
-    Each block has `queries` queries, `earlier` keys before its first query, and `keys` keys. Padding is at the end, so
-    that causal attention hides the padded keys. `first` is the index of the group's first query in `QueryIndices`.
+    After padding, each block has `queries` queries and `keys` keys. The first `earlier` keys are before the first query
+    of the block. Padding is at the end, so that causal attention hides the padded keys.
+
+    `first` is the number of padded queries, of one head, in all groups before this one.
     """
 
     blocks: tuple[Block, ...]
@@ -44,23 +66,26 @@ class BlockGroup(NamedTuple):
     first: int
 
     def part(self, padded_ND: torch.Tensor, heads: int, repeats: int) -> torch.Tensor:
-        """Return the part (B * G, R * Q, D) of padded queries that belongs to the group. G is `heads`, R `repeats`."""
+        """Return the vectors of this group: a view [blocks * heads, repeats * queries, width] of a part of `padded_ND`.
+
+        `padded_ND` [vectors, width] has the padded queries of all groups, with one vector for each query and query
+        head. `heads` is the number of key heads. `repeats` is the number of query heads that share one key head.
+        """
         start = self.first * heads * repeats
         part_ND = padded_ND[start : start + len(self.blocks) * heads * repeats * self.queries]
         return part_ND.view(-1, repeats * self.queries, padded_ND.shape[-1])
 
 
 class QueryIndices(NamedTuple):
-    """Indices that turn queries (T * H, D) into padded queries (N, D), which all groups of blocks share.
+    """Indices that copy the queries of a batch into padded blocks, and indices that copy them back.
 
-    The order of the N padded queries is (group, block, key head, query head of this key head, query). So the queries of
-    a group are (B, G, R, Q, D), where B is the number of blocks. The keys at these positions have such indices too,
-    with R = 1.
+    Let x [tokens * heads, width] be the queries of the rows. Then y = x[take] are the queries of all padded blocks, and
+    y[place] is x again. At padding, `take` repeats the last query of the block.
 
-    queries[take] are the padded queries. At padding, `take` has the last query of the block, and `is_real` (N, 1) is
-    False. `is_real` is None without padding. padded[place] are the T * H queries again.
+    `is_real` [len(take), 1] is False at padding and True elsewhere. If no block is padded, `is_real` is None.
     """
 
+    # The order of the padded queries is (group, block, key head, query head of this key head, query).
     take: torch.Tensor
     place: torch.Tensor
     is_real: torch.Tensor | None
@@ -68,10 +93,15 @@ class QueryIndices(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPlan:
-    """The groups of blocks of a batch, and the indices that attention with `heads` key heads needs to compute them.
+    """The plan by which attention computes the rows of a batch in blocks.
 
-    `place_keys` is `place` for the keys at the positions of the queries. `few_keys` has the indices of all keys of
-    each group, or None for a group with many keys per block: stored, they would take more memory than the keys.
+    A block is at most 128 queries of a row, with all keys that they may see. `groups` has the blocks of all rows,
+    grouped by shape. `heads` is the number of key heads. The other fields are indices into tensors of the batch:
+
+    - `queries` copies queries into the blocks, and back.
+    - `place_keys` copies the gradients of keys from the blocks back into the order of the tokens.
+    - `few_keys` has, for each group, the indices that copy keys into its blocks. For a group with many keys, it has
+      None, because these indices would need much memory.
     """
 
     groups: list[BlockGroup]
@@ -81,7 +111,7 @@ class BlockPlan:
     few_keys: list[torch.Tensor | None]
 
     def keys(self, number: int) -> torch.Tensor:
-        """Return the indices of the keys of the group with this number."""
+        """Return the indices of the keys of `groups[number]` in a tensor of keys [tokens * key heads, width]."""
         stored = self.few_keys[number]
         if stored is not None:
             return stored
@@ -89,10 +119,13 @@ class BlockPlan:
 
 
 class DeviceTensors:
-    """Tensors that are made from the row lengths of a batch, once per device. All layers use the same tensors."""
+    """Stores tensors that are made from the row lengths of a batch, so that all layers use the same tensors.
+
+    Each tensor is made once for each device.
+    """
 
     def __init__(self, cu_seqlens: torch.Tensor | None = None) -> None:
-        """Set up the store. If `cu_seqlens` is given, RowMask.cu_seqlens returns it and does not make a new tensor."""
+        """Set up the store. If `cu_seqlens` is given, RowMask.cu_seqlens returns it instead of a new tensor."""
         self._made: dict[tuple[str, torch.device], Any] = {}
         if cu_seqlens is not None:
             self._made['cu_seqlens', cu_seqlens.device] = cu_seqlens
@@ -110,8 +143,8 @@ class DeviceTensors:
 class RowMask:
     """The row lengths of a concatenated batch. Attention layers get this object instead of a mask tensor.
 
-    A query sees the key at its own position and the keys before it in its row, at most `window` keys in all. If
-    `window` is None, the number of keys is not limited.
+    A query sees the key at its own position and the earlier keys of its row. If `window` is not None, it sees only the
+    last `window` of these keys.
     """
 
     lengths: tuple[int, ...]
@@ -120,7 +153,10 @@ class RowMask:
 
     @property
     def tokens(self) -> int:
-        """Return the number of tokens of all rows. The batch can have more tokens, which belong to no row."""
+        """Return the number of tokens of all rows.
+
+        The batch can have further tokens at its end, which are not counted.
+        """
         return sum(self.lengths)
 
     @property
@@ -129,7 +165,10 @@ class RowMask:
         return max(self.lengths)
 
     def cu_seqlens(self, device: torch.device) -> torch.Tensor:
-        """Return the positions at which rows start, and the end of the last row, (B + 1), in int32."""
+        """Return the index of the first token of each row, and then the number of all tokens, as an int32 tensor.
+
+        For example, rows of 3 and 2 tokens give [0, 3, 5].
+        """
         ends = [0, *accumulate(self.lengths)]
         return self.tensors.get('cu_seqlens', device, lambda: torch.tensor(ends, dtype=torch.int32, device=device))
 
@@ -139,11 +178,16 @@ class RowMask:
         return self.tensors.get(name, device, lambda: row_block_mask(self.lengths, self.window, device))
 
     def group_indices(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return the indices that turn the batch into padded groups of rows, and the indices that reverse this.
+        """Return indices that copy a batch into padded groups of rows, and indices that copy it back.
 
-        The first value has an index tensor (B, L) for each group, so that batch[index] is the padded group. At padding,
-        the index is the position of the first token of the row. The second value is an index tensor (T). If all groups
-        are flattened and joined, joined[index] is the batch again.
+        Rows of similar length form a group. In this example, `batch` is [tokens, width]:
+
+            indices, place = mask.group_indices(device)
+            groups = [batch[index] for index in indices]
+            batch = torch.cat([group.flatten(0, 1) for group in groups])[place]
+
+        Each tensor in `indices` is [rows of the group, length of the longest row]. The padding is at the end of a row,
+        and repeats the first token of the row. `place` is [tokens].
         """
 
         def make() -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -166,7 +210,10 @@ class RowMask:
         return self.tensors.get('group_indices', device, make)
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the blocks of each row. A block has at most QUERY_BLOCK queries and all keys that they may see."""
+        """Yield all rows, cut into blocks of at most QUERY_BLOCK queries.
+
+        Each block has all keys that its queries may see.
+        """
         row_start = 0
         for length in self.lengths:
             row_end = row_start + length
@@ -178,9 +225,10 @@ class RowMask:
             row_start = row_end
 
     def block_groups(self, heads: int) -> list[BlockGroup]:
-        """Return all blocks in groups of equal padded shapes. The numbers of queries and keys are padded to PADDED.
+        """Return the blocks of all rows, in groups of blocks that have the same shape after padding.
 
-        The scores of a group, of all `heads` query heads, are at most GROUP_SCORES, so that they need little memory.
+        The numbers of queries and keys of a block are padded to a multiple of PADDED. If a group would have more than
+        GROUP_SCORES attention scores in `heads` query heads, it is split, because its scores would need much memory.
         """
         by_shape: dict[tuple[int, int], list[Block]] = {}
         for block in self.blocks():
@@ -199,7 +247,11 @@ class RowMask:
         return groups
 
     def block_plan(self, heads: int, repeats: int, device: torch.device) -> BlockPlan:
-        """Return how attention with `heads` key heads, each with `repeats` query heads, computes the blocks."""
+        """Return the plan by which attention computes the rows in blocks.
+
+        It is made once per device and used by all layers. `heads` is the number of key heads. `repeats` is the number
+        of query heads that share one key head.
+        """
 
         def make() -> BlockPlan:
             groups = self.block_groups(heads * repeats)
@@ -238,9 +290,9 @@ class RowMask:
         return QueryIndices(sent['take'], sent['place'], sent.get('is_real'))
 
     def groups(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield groups of rows of similar length. A group is a list of (start, length), with the longest row first.
+        """Yield groups of rows of similar length. A group is a list of (index of the first token, length), one per row.
 
-        The longest row of a group is less than twice as long as its shortest row.
+        A group starts with its longest row, which is less than twice as long as its shortest row.
         """
         starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
         by_length = sorted(zip(starts, self.lengths, strict=True), key=lambda row: -row[1])
@@ -255,9 +307,10 @@ class RowMask:
 
 
 def key_indices(group: BlockGroup, heads: int, device: torch.device) -> torch.Tensor:
-    """Return the indices (B * heads * K) of the keys of a group of blocks in a tensor (T * heads, D).
+    """Return the indices of the keys of a group of blocks in a tensor of keys [tokens * heads, width].
 
-    At padding, the index is that of the last key of the block.
+    The result has the shape [blocks * heads * keys]. `heads` is the number of key heads. If a block has fewer than
+    `group.keys` keys, the index of its last key is repeated.
     """
     offset_K = torch.arange(group.keys, device=device)
     position_BK = torch.stack([(block.first_key + offset_K).clamp_(max=block.end - 1) for block in group.blocks])
@@ -270,9 +323,10 @@ _ROWS: ContextVar[RowMask | None] = ContextVar('rows', default=None)
 
 @contextmanager
 def concatenated_rows(lengths: Sequence[int], cu_seqlens: torch.Tensor | None = None) -> Iterator[None]:
-    """A context in which models that were passed to `attend_by_rows` treat their input as rows of these lengths.
+    """A context in which a model takes its input as rows of these lengths, without padding between them.
 
-    If `cu_seqlens` is given, RowMask.cu_seqlens returns it and does not make a new tensor.
+    It has an effect on models that were passed to `attend_by_rows`. If `cu_seqlens` is given, RowMask.cu_seqlens
+    returns it instead of a new tensor.
     """
     token = _ROWS.set(RowMask(tuple(lengths), None, DeviceTensors(cu_seqlens)))
     try:
@@ -282,8 +336,8 @@ def concatenated_rows(lengths: Sequence[int], cu_seqlens: torch.Tensor | None = 
 
 
 def rows_of_batch() -> RowMask | None:
-    """Return the rows of the context `concatenated_rows`, as a RowMask whose `window` is None.
+    """Return the row lengths that the context `concatenated_rows` has set, or None outside of this context.
 
-    Returns None outside of the context.
+    The `window` of the returned RowMask is None.
     """
     return _ROWS.get()

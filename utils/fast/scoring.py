@@ -2,8 +2,16 @@
 
 A hit is a trained token to which the model gives a higher probability than to any other token.
 
-Shapes in names: B rows, T tokens of a padded row or of all concatenated rows, P trained tokens, C hidden width, V
-vocabulary, K columns of the batch (B, T) in which at least one row predicts a trained token.
+The letters at the end of a name are the dimensions of the tensor. For example, `targets_P` has the shape
+[trained tokens].
+
+    B: rows
+    T: tokens of a padded row, or of all concatenated rows
+    P: trained tokens
+    N: trained tokens that are computed at the same time
+    C: hidden width
+    V: vocabulary
+    K: columns of a padded batch in which at least one row predicts a trained token
 """
 
 from __future__ import annotations
@@ -35,7 +43,7 @@ Use = Callable[[Predictors, Batch], torch.Tensor]
 
 
 class Scorer:
-    """Computes loss and hits of batches.
+    """Computes the loss of batches, and the number of tokens that a model predicts right.
 
     If `head` is given, the scorer applies this output head to the hidden states in chunks. If it is None, the model
     itself computes the logits.
@@ -44,8 +52,8 @@ class Scorer:
     def __init__(self, base: Any, head: Head | None, *, splits: bool = True) -> None:
         """Set up scoring for the model `base`.
 
-        With some models, a row above a certain length changes the results of all rows in its batch. With `splits`, each
-        row above this length gets a separate forward pass, and all shorter rows share one forward pass.
+        With some models, a row above a certain length changes the results of all rows in its batch. If `splits` is
+        True, each row above this length gets a separate forward pass. All shorter rows share one forward pass.
         """
         self.base = base
         self.head = head
@@ -71,9 +79,10 @@ class Scorer:
 
     @torch.no_grad()
     def by_row(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Return a tensor (B, 3): the summed loss, the hits and the trained tokens of each row.
+        """Return a tensor [rows, 3] with three sums for each row: the loss, the hits, and the number of trained tokens.
 
-        The tensor is on the device of the output head. Its dtype is float64, or float32 on MPS.
+        A hit is a trained token to which the model gives the highest probability. The tensor is on the device of the
+        output head. Its dtype is float64, but float32 on MPS.
         """
         found, targets_P, owners_P = self._predictors(model, batch)
         if self.head is None:
@@ -90,9 +99,10 @@ class Scorer:
 
     @torch.no_grad()
     def divergence(self, model: Any, as_base: Callable[[], AbstractContextManager[None]], batch: Batch) -> float:
-        """Return KL(base || model) in nats, the mean over the trained tokens of the batch.
+        """Return the divergence KL(base || model) in nats, as the mean over the trained tokens of the batch.
 
-        In the context `as_base` the model computes like its base. The probabilities are computed in float64.
+        Inside the context `as_base`, the model must compute like its base model, for example with the adapter switched
+        off. The probabilities are computed in float64.
         """
         tuned = self._predictors(model, batch)[0]
         tuned_head = self.head and self.head.fixed()
@@ -110,11 +120,10 @@ class Scorer:
         return total / len(tuned)
 
     def _predictors(self, model: Any, batch: Batch) -> tuple[Predictors, torch.Tensor, torch.Tensor]:
-        """Return three tensors, each with one entry for each trained token.
+        """Return three tensors with one entry per trained token: the predictors, the token ids, and the row indices.
 
-        The first tensor has what the token is predicted from: hidden states (P, C) if the scorer has a head, else
-        logits (P, V). The second tensor (P) has the ids of the trained tokens. The third tensor (P) has the index of
-        the row of each token.
+        If the scorer has a head, the predictors are the hidden states before the trained tokens,
+        [trained tokens, hidden width]. Otherwise they are the logits for these tokens, [trained tokens, vocabulary].
         """
         found = []
         parts = []
@@ -125,10 +134,10 @@ class Scorer:
         return torch.cat(found), targets, owners
 
     def _passes(self, model: Any, batch: Batch) -> Iterator[tuple[Any, Batch]]:
-        """Yield (module to call, its batch) for each forward pass that `batch` needs.
+        """Yield (model to call, its batch) for each forward pass that `batch` needs.
 
-        A yielded batch has some or all rows of `batch`. Its 'owners' is a tensor with the row of each trained token, as
-        an index into the rows of `batch`.
+        A yielded batch has some or all rows of `batch`. Its entry 'owners' has, for each trained token, the index of
+        the token's row in `batch`.
         """
         if self.row_limit is None:
             yield model, batch
@@ -145,10 +154,10 @@ class Scorer:
             yield self.base if number else model, on_device(part, device)
 
     def _forward(self, model: Any, batch: Batch, use: Use) -> torch.Tensor:
-        """Run the model on the batch, and return what `use` computes from the predictors and the batch.
+        """Run the model on the batch, and return use(predictors, batch).
 
-        The predictors are what the trained tokens are predicted from: hidden states if the scorer has a head, else
-        logits.
+        If the scorer has a head, the predictors are the hidden states before the trained tokens,
+        [trained tokens, hidden width]. Otherwise they are the logits for these tokens, [trained tokens, vocabulary].
         """
         inputs = {name: x for name, x in batch.items() if name not in NOT_FOR_THE_MODEL}
         layout: AbstractContextManager[None] = nullcontext()
@@ -177,7 +186,7 @@ class Scorer:
         return result
 
     def _from_logits(self, model: Any, inputs: Batch, batch: Batch) -> torch.Tensor:
-        """Return the logits (P, V) that predict the trained tokens of the batch."""
+        """Return the logits [trained tokens, vocabulary] that predict the trained tokens of the batch."""
         length = batch['input_ids'].shape[1]
         positions_P = predicting_positions(batch['labels'])
         if not self.selects_logits:
@@ -193,7 +202,7 @@ class Scorer:
 
 @contextmanager
 def _returning(module: torch.nn.Module, result: Callable[[], torch.Tensor]) -> Iterator[None]:
-    """A context in which the forward pass of `module` calls `result` at its end, and returns the value of this call."""
+    """A context in which the forward pass of `module` returns result() instead of its own output."""
     handle = module.register_forward_hook(lambda *_: result())
     try:
         yield
@@ -202,6 +211,9 @@ def _returning(module: torch.nn.Module, result: Callable[[], torch.Tensor]) -> I
 
 
 def _log_probabilities(found: torch.Tensor, head: Head | None) -> torch.Tensor:
-    """Return log-probabilities (N, V) in float64. `found` are logits, or hidden states if a head is given."""
+    """Return log-probabilities [tokens, vocabulary] in float64.
+
+    If `head` is None, `found` are logits. Otherwise they are hidden states.
+    """
     logits_NV = found if head is None else head_logits(found, head)
     return logits_NV.double().log_softmax(dim=-1)

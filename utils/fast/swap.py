@@ -36,7 +36,7 @@ def _bind_hooked_forward(layer: nn.Module) -> None:
     """Make accelerate's hooks call the forward of the layer's present class. Does nothing for a layer without hooks.
 
     If a model is spread over several devices, accelerate gives each layer a `forward` that moves the inputs and then
-    calls `_old_forward`. Without this function, `_old_forward` would be the forward of the class before the swap.
+    calls `_old_forward`. That is still the forward of the class before the swap, so it is replaced.
     """
     if '_old_forward' in vars(layer):
         vars(layer)['_old_forward'] = types.MethodType(type(layer).forward, layer)

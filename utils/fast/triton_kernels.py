@@ -4,8 +4,17 @@ Import this module only if there is a GPU, because only the builds of torch for 
 `utils/fast/kernel_trial.py` decides whether the kernels are used. The kernels round at the same places as the code that
 they replace.
 
-Shapes in names: B rows, H query heads, G key heads, T tokens, D width of a head, R width of its rotated part,
-N positions, V vocabulary.
+The letters at the end of a name are the dimensions of the tensor. For example, `query_BHTD` has the shape
+[rows, query heads, tokens, width].
+
+    B: rows
+    H: query heads
+    G: key heads
+    T: tokens
+    D: width of a head
+    R: values of a head that are rotated
+    N: positions
+    V: vocabulary
 """
 
 from __future__ import annotations
@@ -100,7 +109,10 @@ def _warps(block: int) -> int:
 
 
 class NormKernel(torch.autograd.Function):
-    """Computes weight * x / rms(x) like `_NormStep` of norm.py. It saves x and one number for each row."""
+    """Computes RMSNorm, weight * x / rms(x), with the same rounding as `_NormStep` of norm.py.
+
+    For the backward pass it saves x, the weight, and 1 / rms(x) of each vector.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: str) -> torch.Tensor:
@@ -189,7 +201,7 @@ def _gate_backward(
 
 
 class GateKernel(torch.autograd.Function):
-    """Computes silu(gate) * up like `_GatedStep` of gated_mlp.py, and saves only gate and up."""
+    """Computes silu(gate) * up, and saves only gate and up for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -273,11 +285,11 @@ def _rotate(  # noqa: PLR0913 - a kernel takes no tuples
 
 
 class RotaryKernel(torch.autograd.Function):
-    """Rotates queries and keys like `apply_rotary_pos_emb` of Llama. It saves only the tables of cosines and sines.
+    """Rotates queries and keys like the function `apply_rotary_pos_emb` of Llama, in one pass.
 
-    Takes queries (B, H, T, D), keys (B, G, T, D), cosines and sines (B or 1, T, R) and the dtype of the result. The
-    first R of D values are rotated, the others are copied. The results are transposed views of tensors (B, T, H, D) and
-    (B, T, G, D).
+    Queries and keys are [rows, heads, tokens, width], cosines and sines are [rows or 1, tokens, rotated values]. The
+    first values of each head are rotated, the others are copied. The results have the given dtype. They are transposed
+    views of tensors [rows, tokens, heads, width].
     """
 
     @staticmethod
@@ -311,9 +323,9 @@ def _rotated(
     rounded: torch.dtype,
     back: bool,
 ) -> torch.Tensor:
-    """Rotate x by the angles of `cos` and `sin`, and return it in `dtype`. With `back`, the angles are negated.
+    """Return x in `dtype`, rotated by the angles of the given cosines and sines. If `back` is True, it is rotated back.
 
-    The products and their sum are rounded to the dtype `rounded`.
+    The products of x with cosines and sines, and the sums of products, are rounded to the dtype `rounded`.
     """
     if x_BHTD.stride(3) != 1:
         x_BHTD = x_BHTD.contiguous()
@@ -405,11 +417,12 @@ def _head_logit(product: tl.tensor, scale: tl.tensor, cap: tl.tensor, CAPPED: tl
 def loss_and_gradient(
     logits_NV: torch.Tensor, targets_N: torch.Tensor, factor: float, *, scale: float, cap: float | None
 ) -> torch.Tensor:
-    """Return -log p(target) of each position, in fp32, and overwrite the logits with a gradient.
+    """Return -log p(target) of each position, in fp32, and overwrite `logits_NV` with its gradient.
 
-    The gradient is that of the sum of the losses, multiplied by `factor`. `logits_NV` holds raw logits, the
-    result of the head's matrix product. The logits of the model are scale * raw, or cap * tanh(scale * raw / cap) if
-    there is a cap.
+    At first, `logits_NV` holds the result of the head's matrix product. The logits of the model are this result
+    multiplied by `scale`. If `cap` is not None, they are then capped to cap * tanh(logits / cap).
+
+    The gradient is that of the sum of all -log p(target), multiplied by `factor`, with respect to `logits_NV`.
     """
     positions, vocabulary = logits_NV.shape
     losses_N = torch.empty(positions, dtype=torch.float32, device=logits_NV.device)
