@@ -145,9 +145,9 @@ SPLITS = {
     ('training', 'dev'): ('training', 'dev'),
     ('train_prefs', 'test_prefs'): ('train_prefs', None),
     ('rows', 'test'): ('rows', None),
-    ('code', 'math'): 'has several splits that could be trained on: its splits with files are code, math. Name the one',
-    ('code', 'train_a', 'train_b'): 'splits with files are code, train_a, train_b. Name the one to train on, e.g. --d',
-    ('test', 'validation'): "subset 'default' has no training split: its splits with files are test, validation. Name",
+    ('code', 'math'): 'the splits code, math, and their names do not tell which one to train on. Name it, e.g. --d',
+    ('code', 'train_a', 'train_b'): 'has the splits code, train_a, train_b, and their names do not tell which one',
+    ('test', 'validation'): "subset 'default' has the splits test, validation, and their names do not tell which one",
 }
 
 

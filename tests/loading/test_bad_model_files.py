@@ -159,7 +159,7 @@ DAMAGE: dict[Callable[[Path], None], str] = {
     truncated_safetensors: 'model-00002-of-00002.safetensors cannot be read as a tensor archive',
     truncated_bin: 'pytorch_model-00002-of-00002.bin cannot be read as a tensor archive',
     missing_shard: 'names model-00002-of-00002.safetensors, which is not there: the download is incomplete.',
-    shard_outside: "names '../model-00002-of-00002.safetensors', which is not a file of its folder.",
+    shard_outside: "names the file '../model-00002-of-00002.safetensors', which is outside the folder of the index.",
     broken_index: 'pytorch_model.bin.index.json cannot be read',
     index_without_map: 'pytorch_model.bin.index.json has no weight_map',
     other_shape: '1 mismatched tensors:',

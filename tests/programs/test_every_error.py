@@ -605,7 +605,7 @@ def archive(*, swells: bool) -> Callable[[Path], Any]:
 # Messages that no command line reaches without GPU or network: call the function that the program would call.
 FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     'one tensor in two shards': (two_shards, "b.safetensors: tensor 'x' is in another shard too."),
-    'one name for two tensors': (one_name_for_two, "holds 'transformer.wte.weight' twice, the second time as"),
+    'one name for two tensors': (one_name_for_two, "two tensors for 'transformer.wte.weight', and one of them has"),
     'a special token that is a number': (special_tokens(bos_token=3), 'has the special token 3, which has no text.'),
     'a token to add that is null': (
         special_tokens(bos_token=None, add_bos_token=True),

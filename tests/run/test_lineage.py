@@ -303,11 +303,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     'damaged record': (lambda f: (f / 'sft_args.json').write_text('{'), 'sft_args.json cannot be read as JSON'),
     'a part': (
         lambda f: save_file(dict([*load_file(f / ADAPTER).items()][:-1]), f / ADAPTER),
-        'its file lacks 1 tensors, for example base_model.model.model.layers.1.self_attn.',
+        'LlamaForCausalLM: 1 missing, for example base_model.model.model.layers.1.self_attn.',
     ),
     'more': (
         lambda f: save_file({**load_file(f / ADAPTER), HEAD: torch.ones(400, 32)}, f / ADAPTER),
-        'its file has 1 tensors too many, for example base_model.model.lm_head.weight',
+        'LlamaForCausalLM: 1 too many, for example base_model.model.lm_head.weight',
     ),
     'code': (
         lambda f: ((f / ADAPTER).unlink(), (f / 'adapter_model.bin').write_bytes(CODE)),

@@ -244,9 +244,9 @@ def _weights(shape: Shape, mode: Mode) -> int:
 
 
 def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
-    """Return the bytes of activations that are saved for the backward pass.
+    """Return two sizes of the activations that are saved for the backward pass, in bytes.
 
-    The first number is for all layers on one device, the second for one layer.
+    The first size is that of all layers on one device. The second size is that of one layer.
     """
     c = mode.compute
     heads = shape.heads * shape.head_dim
@@ -282,7 +282,10 @@ def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
 
 
 def _kept(longest: int) -> int:
-    """Return how many attention weights per token and head are saved on a CPU for a row of `longest` tokens."""
+    """Return how many attention weights a CPU saves for the backward pass, per token and head.
+
+    `longest` is the number of tokens in the longest row of the batch.
+    """
     kept = 0
     for start in range(0, longest, QUERY_BLOCK):
         queries = padded(min(QUERY_BLOCK, longest - start))
@@ -312,10 +315,10 @@ def _inputs(shape: Shape, mode: Mode) -> int:
 
 
 def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
-    """Return the peak at the loss, and the size of the fp32 gradient of the head, both in bytes.
+    """Return the most memory that is in use while the loss is computed, and the size of the head's gradient, in bytes.
 
-    The gradient remains in memory after the loss. It takes 0 bytes if the head is not trained, or if the loss is not
-    computed in chunks.
+    The gradient is in fp32 and remains in memory after the loss. Its size is 0 if the head is not trained, or if the
+    loss is not computed in chunks.
     """
     c = mode.compute
     table = shape.vocabulary * shape.hidden

@@ -67,7 +67,7 @@ class Shape:
 
     @functools.cached_property
     def paths(self) -> dict[str, tuple[int, int]]:
-        """Return {module path of a linear layer: (number of input features, number of output features)}."""
+        """Return a dict from the path of each linear layer to its numbers of input and output features."""
         return {
             path: (rows, columns)
             for pattern, sizes in self.modules.items()
@@ -77,11 +77,17 @@ class Shape:
 
     @functools.cached_property
     def linear(self) -> dict[str, list[list[int]]]:
-        """Return {last part of the module path, e.g. 'q_proj': a list of [count, in, out]} for all linear layers."""
+        """Return the sizes of all linear layers by layer name, for example {'q_proj': [[24, 896, 896]]}.
+
+        In the example, 24 layers are named q_proj. Each of them has 896 input features and 896 output features.
+        """
         return self.sizes_of(self.paths)
 
     def sizes_of(self, paths: Iterable[str]) -> dict[str, list[list[int]]]:
-        """Return the sizes of the linear layers with these module paths, in the form of `linear`."""
+        """Return the sizes of the linear layers at `paths` by layer name, for example {'q_proj': [[24, 896, 896]]}.
+
+        In the example, 24 of the layers are named q_proj. Each of them has 896 input features and 896 output features.
+        """
         counts = Counter((last_name(path), *self.paths[path]) for path in paths)
         found: dict[str, list[list[int]]] = {}
         for (name, rows, columns), count in counts.items():
@@ -90,7 +96,7 @@ class Shape:
 
     @property
     def linear_parameters(self) -> int:
-        """Return the number of parameters of all layers in `linear`."""
+        """Return the number of parameters of all linear layers, without the output head and the vision tower."""
         return sum(count * rows * columns for sizes in self.linear.values() for count, rows, columns in sizes)
 
 

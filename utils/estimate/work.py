@@ -73,9 +73,9 @@ def plan_work(
 
 
 def _sets(plan: Plan) -> list[str]:
-    """Return [line]. The line has the number of rows of each validation set (see --val_dataset).
+    """Return a list with one line for the user: the number of rows of each validation set (see --val_dataset).
 
-    Returns [] if there is no validation set.
+    The list is empty if there is no validation set.
     """
     sets = [f'{part.val_set} {part.uses.count(VAL)} rows' for part in plan.parts if part.val_set]
     return [f'validation sets: {", ".join(sets)}'] if sets else []
@@ -109,7 +109,10 @@ def _bounded(done: Ready[SftArguments], rows: int | None, line: str) -> Work:
 
 
 def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: bool) -> Work:
-    """Encode the rows and return the counted work. The cache keeps the encoded rows, for the run itself."""
+    """Encode the rows and return the work of the run, with counted tokens.
+
+    The encoded rows stay in the cache, where the run itself finds them.
+    """
     args = done.args
     tokenizer = load_tokenizer(model_dir, model_type=args.model_type)
     new = add_to_tokenizer(tokenizer, find_new_tokens(args))

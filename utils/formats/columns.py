@@ -95,7 +95,7 @@ def _cell(row: Mapping[str, Any], column: str) -> Any:
 def _text(value: Any, what: str, column: str = '') -> str:
     """Return a text unchanged, or a number as text. Raises BadRow for any other value.
 
-    `what` is the name of the value in the message of the BadRow.
+    `what` names the value in the error message.
     """
     if _is_missing(value):
         raise BadRow(f'null {what}', column or what)
@@ -162,7 +162,7 @@ def _check_json(value: Any, column: str) -> None:
 
 
 def _images(row: Mapping[str, Any], remarks: _Remarks) -> list[str]:
-    """Return the paths in the images column. A cell has one path, a list of paths, or such a list as JSON text."""
+    """Return the paths in the column `images`. A cell is one path, a list of paths, or a list of paths as JSON text."""
     images = _cell(row, 'images')
     if isinstance(images, str) and not images.lstrip().startswith('['):
         images = [images] if images else []
@@ -572,10 +572,10 @@ KNOWN_COLUMNS = tuple(dict.fromkeys([*_NEEDED, 'history', *_EVERYWHERE]))
 
 
 def find_converter(columns: Iterable[str]) -> Converter | None:
-    """Return the converter for rows with these columns. Returns None if no format matches.
+    """Return the converter for rows with these columns, or None if no format or more than one format fits.
 
-    The first matching format of SHAPES is used. If there is none, the formats of OTHER_SHAPES are tried. If several of
-    these match, returns None.
+    If several formats of SHAPES fit, the first one is used. If none of them fits, the formats of OTHER_SHAPES are
+    tried. If several of these fit, the result is None.
     """
     given = frozenset(columns)
     first = next((converter for needed, converter in SHAPES if needed <= given), None)
@@ -586,9 +586,11 @@ def find_converter(columns: Iterable[str]) -> Converter | None:
 
 
 def ambiguous_shapes(columns: Collection[str]) -> list[frozenset[str]]:
-    """Return the required columns of each matching format, if find_converter returns None because several match.
+    """Return the formats that match `columns`, if it is not clear which of them the rows have.
 
-    Otherwise, returns [].
+    Each format is given as the set of its required columns. For example, rows with the columns prompt, completion,
+    question and answer match {prompt, completion} and {question, answer}. If the format is clear, or if no format
+    matches, the list is empty.
     """
     given = frozenset(columns)
     if any(needed <= given for needed, _ in SHAPES):
@@ -598,11 +600,11 @@ def ambiguous_shapes(columns: Collection[str]) -> list[frozenset[str]]:
 
 
 def tidy_columns(columns: Sequence[str]) -> dict[str, str]:
-    """Return {name in the file: new name} for the columns to rename.
+    """Return a dict from name in the file to new name, for the columns to rename. For example {' Query': 'query'}.
 
-    The new name has no capital letters and no spaces around it. Only columns whose new name is the name of a known
-    column are renamed. Returns {} if the names in the file already fit a format, if the new names fit no format, or if
-    two columns would get the same name.
+    A new name has no capital letters and no spaces around it. A column is renamed only if its new name is a column that
+    a format reads. Returns {} if the names in the file already fit a format, if the new names fit no format, or if two
+    columns would get the same name.
     """
     known = frozenset().union(*(needed for needed, _ in (*SHAPES, *OTHER_SHAPES)), _EVERYWHERE, _OPTIONAL)
     tidy = {column: column.strip().lower() for column in columns}

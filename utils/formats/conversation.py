@@ -61,7 +61,7 @@ class Row:
 
 
 class BadRow(ValueError):
-    """The row cannot be used for training. The text of the error is the reason under which the row is counted."""
+    """The row cannot be used for training. The message is the reason. The report counts the rows by reason."""
 
     def __init__(self, reason: str, column: str = '') -> None:
         super().__init__(reason)

@@ -74,9 +74,10 @@ def alpaca(
 
 
 def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
-    """Return a converter that keeps only rows whose kind is in `kinds`. `column` contains the kind of a row.
+    """Return a converter that uses `to_row` for the rows whose cell in `column` is one of `kinds`.
 
-    The converter raises Unwanted for a row of another kind. It returns None for a row without a kind, which is broken.
+    If the cell has a different value, the converter raises Unwanted. If the cell is empty, the row is broken, and the
+    converter returns None.
     """
     wanted = frozenset(kinds)
 
@@ -91,9 +92,9 @@ def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
 
 
 def without_history(column: str, to_row: ToRow) -> ToRow:
-    """Return a converter that keeps only rows with an empty history.
+    """Return a converter that uses `to_row` for the rows whose cell in `column` (the history) is empty.
 
-    The converter raises Unwanted for a row with a history. It returns None for a row whose history cannot be read.
+    If a row has a history, the converter raises Unwanted. If the cell cannot be read, the converter returns None.
     """
 
     def without(row: SourceRow) -> PlainRow | None:
@@ -228,9 +229,10 @@ def advertise(row: SourceRow) -> PlainRow | None:
 
 
 def ask_question(row: SourceRow) -> PlainRow | None:
-    """Return a row whose query gives an answer and its context, and asks for the question.
+    """Return a row for this task: read a text and an answer, and write the question.
 
-    The response is the question. The column `text1` is '<answer>[SEP]<context>'.
+    The column `text1` has '<answer>[SEP]<text>', and the column `text2` has the question. The query is made from
+    `text1`. The response is the question.
     """
     answer, mark, context = _text(row, 'text1').partition('[SEP]')
     question = _text(row, 'text2')

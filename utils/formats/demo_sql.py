@@ -29,18 +29,20 @@ AGGREGATES = (('highest', 'MAX'), ('lowest', 'MIN'), ('average', 'AVG'), ('total
 ORDERS = (('highest', 'DESC'), ('lowest', 'ASC'))
 
 
+# The keys of demo_sql.json (training rows use what begins with seen, held-out rows what begins with unseen):
+# - words: an entry for each subject, with table names, text columns (name:kind) and number columns. A row uses only one
+#   entry. A number column has the SQL type REAL if a dot follows its name, else INT.
+# - values: the text values for each kind of text column.
+# - text_tests, number_tests: conditions in SQL, and phrases for them that follow "with" or "having". {c} is the column,
+#   {v} and {u} are values, {p} is the beginning of a value.
+# - patterns: the kinds of SQL, each with sentences that ask for it. {t} is the table, {a} the requested column, {b} a
+#   number column, {g} a text column, {n} a small number. {w} and {w2} are conditions in words, {q} and {q2} the same
+#   conditions in SQL.
 @cache
 def _words() -> dict[str, Any]:
-    """Return the lists from which rows are made. Training rows (seen) and held-out rows (unseen) have separate lists.
+    """Return the content of demo_sql.json: the words and sentences from which the rows are made.
 
-    words: table names, text columns as name:kind, and number columns. A number column has the type REAL if a dot
-    follows its name, else INT. Each entry is about one subject. A row uses the words of only one entry.
-    values: text values for each kind of text column.
-    tests: conditions in SQL, and phrases for them that follow "with" or "having". {c} is the column, {v} and {u} are
-    values, {p} is the beginning of a value.
-    patterns: one entry for each kind of SQL, with the sentences that ask for this SQL. {t} is the table, {a} the
-    requested column, {b} a number column, {g} a text column, {n} a small number. {w} and {w2} are conditions in words,
-    {q} and {q2} the same conditions in SQL.
+    Training rows and held-out rows use different words and sentences of this file.
     """
     found: dict[str, Any] = json.loads(Path(__file__).with_name('demo_sql.json').read_text(encoding='utf-8'))
     return found
@@ -55,7 +57,10 @@ def train_rows() -> list[dict[str, str]]:
 
 
 def held_out_rows() -> list[dict[str, str]]:
-    """Return the held-out rows. They have the keys of the training rows, but different names, values and sentences."""
+    """Return the held-out rows, each {'system', 'query', 'response'}. The rows are the same on each call.
+
+    Their table names, column names, text values and sentences do not occur in the training rows.
+    """
     return _rows(True, HELD_OUT_ROWS, SEED + 1)
 
 

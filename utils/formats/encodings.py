@@ -33,9 +33,10 @@ def _share(data: bytes, encoding: str, is_usual: Callable[[str, bytes], bool]) -
 
 
 def _western(data: bytes) -> float:
-    """Return the share of bytes above 0x7F that are punctuation, or accented letters without another one beside them.
+    """Return the share of bytes above 0x7F that are punctuation marks or single accented letters in Windows-1252.
 
-    Western texts have a high share, because few Western words have two accented letters side by side.
+    A letter is single if the letters on both sides of it have no accent. Western texts have a high share, because few
+    Western words have two accented letters side by side.
     """
     single = sum(len(run) == 1 for run in _LETTERS.findall(data))
     return (single + len(_MARKS.findall(data))) / max(sum(map(len, _HIGH.findall(data))), 1)

@@ -63,8 +63,7 @@ def refuse(location: str, problem: str) -> NoReturn:
 class _Converted(io.RawIOBase):
     """A stream that converts text in UTF-16 or UTF-32 to UTF-8.
 
-    An incomplete character at the end becomes a byte that is not UTF-8. So this character is reported like any text
-    that is not UTF-8.
+    An incomplete character at the end becomes a byte that is not UTF-8, so the reader reports it.
     """
 
     def __init__(self, stream: Any, encoding: str) -> None:

@@ -61,7 +61,7 @@ class HubDataset:
         return hub.repos_of(hub_name, ids)
 
     def names(self, snapshot: hub.Snapshot) -> list[str]:
-        """Return the names of the needed files. Downloads only the list of splits (see choose_files)."""
+        """Return the names of the needed files. The files themselves are not downloaded."""
         return [name for names in choose_files(snapshot, self).values() for name in names]
 
     def load(self, hub_name: HubName) -> tuple[RowStream, RowStream | None, hub.Snapshot]:
@@ -192,10 +192,10 @@ def _unpack_images(archive: Path) -> Path:
 
 
 def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
-    """Return a copy of the row in which `column` has the path of an image file.
+    """Return a copy of the row in which `column` has the path of an image file, or None if the row has no image.
 
-    If the row has the bytes of the image, they are written to a file in the cache. Otherwise the path in the row starts
-    in the folder `base`. Raises BadRow if the path is absolute or leaves this folder.
+    If the row has the bytes of the image, they are written to a file in the cache. If the row has a path, the path is
+    relative to the folder `base`. Raises BadRow if the path is absolute or leads out of `base`.
     """
     found = {name.removesuffix(':FILE'): value for name, value in row.items()}
     image = found.get(column)

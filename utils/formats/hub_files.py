@@ -53,8 +53,9 @@ class Fetched:
 class HubFiles:
     """A data set on a hub, named as [hf:|ms:]owner/name[:subset][:split][@revision].
 
-    `word` is this name as typed after --dataset. `chosen_hub` is None if `word` has no prefix. `part` is the first word
-    after the id. It names a subset, a file, or a split of the subset that is used if no subset is named.
+    `word` is the whole name, as typed after --dataset. `chosen_hub` is None if the name has no prefix hf: or ms:.
+    `part` is the first word after owner/name. It can be the name of a subset, of a file, or of a split of the default
+    subset.
     """
 
     word: str
@@ -69,10 +70,10 @@ class HubFiles:
         return [Repo(hub=self.chosen_hub or hub_name, id=self.id, revision=self.revision)]
 
     def key(self, hub_name: HubName) -> tuple[str, ...]:
-        """Return a key that identifies the data set and its hub.
+        """Return a key that is equal for two names of the same subset and split on the same hub.
 
-        `hub_name` is the hub of --hub. It is used if the user typed no prefix for a hub. So with --hub modelscope,
-        ms:owner/name and owner/name have the same key.
+        `hub_name` is the value of --hub. It is used if the name has no prefix hf: or ms:. For example, with --hub
+        modelscope, ms:owner/name and owner/name have the same key.
         """
         return (str(self.repos(hub_name)[0]), self.part or '', self.split or '')
 
@@ -84,12 +85,12 @@ class HubFiles:
         return Fetched(folder=folder, chosen=chosen, served=str(snapshot.repo), commit=snapshot.commit)
 
     def names(self, snapshot: Snapshot) -> list[str]:
-        """Return the names of the needed files. Downloads only the card (README.md)."""
+        """Return the names of the files that a run reads. The files themselves are not downloaded."""
         chosen = self.choose(snapshot)
         return [*chosen.train, *chosen.val]
 
     def choose(self, snapshot: Snapshot) -> Chosen:
-        """Choose the files of the training split and of the validation split. Downloads only the card (README.md).
+        """Choose the files of the training split and of the validation split. The files themselves are not downloaded.
 
         Raises ConfigError if the splits cannot be chosen. The message names the subsets or splits that exist.
         """
@@ -115,10 +116,10 @@ class HubFiles:
         return Chosen(train=files[train], val=files[val] if val else (), about=about)
 
     def _subsets(self, snapshot: Snapshot) -> tuple[Mapping[str, Mapping[str, list[str]]], str]:
-        """Return {subset: {split: files}} and the name of the default subset.
+        """Return {subset: {split: file names}} and the name of the default subset.
 
-        The subsets come from the repository's list of splits (see choose_files). If the repository has no such list,
-        the subsets are found from the names of the files.
+        If the repository states its subsets and splits, for example in README.md, they are returned. Otherwise they are
+        found from the names of files and folders.
         """
         card = read_card_list(snapshot)
         subsets = {subset: splits for subset, splits in card.subsets.items() if any(splits.values())}
@@ -197,10 +198,9 @@ class HubFiles:
         if train is None and len(by_name) == 1:
             train = by_name[0]
         if train is None:
-            what = 'no training split' if not by_name else 'several splits that could be trained on'
             raise ConfigError(
-                f"--dataset '{self.word}': subset '{subset}' has {what}: its splits with files are {_listed(filled)}. "
-                f'Name the one to train on, e.g. --dataset {self._typed(subset, (by_name or filled)[0])}'
+                f"--dataset '{self.word}': subset '{subset}' has the splits {_listed(filled)}, and their names do not "
+                f'tell which one to train on. Name it, e.g. --dataset {self._typed(subset, (by_name or filled)[0])}'
             )
 
         # The validation split of train_sft is validation_sft.
@@ -216,9 +216,10 @@ class HubFiles:
             )
 
     def _typed(self, *parts: str) -> str:
-        """Return the value of --dataset for these parts of this data set.
+        """Return the value of --dataset for this data set with the subset and, optionally, the split in `parts`.
 
-        `parts` are a subset and, optionally, a split. The hub, the id and the revision stay as the user typed them.
+        For example, ('en', 'train') gives 'hf:owner/name:en:train'. The prefix and the revision stay as the user typed
+        them.
         """
         prefix = self.word[: self.word.index(self.id)]
         revision = '' if self.revision == 'master' else f'@{self.revision}'

@@ -1,4 +1,9 @@
-"""Chooses the files of each split in the repository of a data set."""
+"""Chooses the files of each split in the repository of a data set.
+
+Many repositories have a list of splits, which names the files of each split. On Hugging Face, the list is the entry
+`configs` in README.md. On ModelScope, the list is the file <name>.json. If a repository has no list of splits, the
+splits are found from the names of files and folders.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +45,7 @@ FileList = dict[str, dict[str, list[str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class CardList:
-    """What the list of splits of a repository says (see choose_files).
+    """The list of splits of a repository, as read from README.md (Hugging Face) or <name>.json (ModelScope).
 
     `subsets` is {subset: {split: file names}}. `default` is the default subset, or '' if the list names none.
     """
@@ -54,10 +59,10 @@ def _spellings(split: str) -> tuple[str, ...]:
 
 
 def _holds(name: str, word: str) -> bool:
-    """Return whether a path contains a word between separators.
+    """Return whether a path contains a word, with no letter or digit directly before or after it.
 
-    All characters except letters and digits are separators, and all separators are equal. For example,
-    'data/common_en_70k.jsonl' contains 'common-en'.
+    For example, 'data/common_en_70k.jsonl' contains the words 'common' and 'common-en'. The characters - and _ match
+    each other, and so do all others that are neither letters nor digits.
     """
     return f'-{_plain(word)}-' in f'-{_plain(name)}-'
 
@@ -68,11 +73,10 @@ def _plain(text: str) -> str:
 
 
 def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[str]]:
-    """Return {split: file names}. If the repository has no list of splits, the files are chosen by their names.
+    """Return a dict from each split of `entry` to the names of its files in the repository.
 
-    A list of splits names the files of each split. On ModelScope it is <name>.json ({subset: {split: {meta: file}}}).
-    On Hugging Face it is `configs` in the README. Raises ConfigError if a subset or split is not found. The message
-    names the existing subsets and splits.
+    If the repository has a list of splits (`configs` in README.md, or <name>.json), this list names the files.
+    Otherwise, they are chosen by their names. Raises ConfigError if a subset or split of `entry` is not found.
     """
     listed = read_card_list(snapshot).subsets
     chosen: dict[str, list[str]] = {}
@@ -90,7 +94,10 @@ def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[st
 
 
 def read_card_list(snapshot: hub.Snapshot) -> CardList:
-    """Read the list of splits that the repository contains (see choose_files). Without a list, returns CardList()."""
+    """Return the list of splits of a repository, from README.md (Hugging Face) or <name>.json (ModelScope).
+
+    If the repository has no list of splits, the result is empty.
+    """
     modelscope_name = f'{snapshot.repo.id.rsplit("/", 1)[-1]}.json'
     for name, reader in ((modelscope_name, _read_modelscope_list), ('README.md', _read_readme_list)):
         # A data file can have the same name as a list of splits, but a data file is larger.
@@ -103,6 +110,7 @@ def read_card_list(snapshot: hub.Snapshot) -> CardList:
 
 
 def _read_modelscope_list(text: str, _: Sequence[str]) -> CardList:
+    # The text is {subset: {split: {'meta': data file, 'file': archive with images}}}.
     listed: FileList = {}
     try:
         for subset, splits in json.loads(text).items():
@@ -162,7 +170,10 @@ def _pattern(glob: str) -> re.Pattern[str]:
 
 
 def data_files(files: Iterable[str]) -> list[str]:
-    """Return the names of the data files, sorted. If a file exists in several formats, only one of them is returned."""
+    """Return the names of the data files, sorted.
+
+    If a file exists in several formats, for example as a.csv and a.parquet, only one of the names is returned.
+    """
     data = [name for name in files if name.lower().endswith(SUFFIXES) and name.rsplit('/', 1)[-1] not in _NO_DATA]
     visible = [name for name in data if not any(part.startswith(('.', '__')) for part in name.split('/'))]
     return _in_one_format(visible)
@@ -204,8 +215,8 @@ def is_held_back(split: str) -> bool:
 def subset_of(name: str) -> str:
     """Return the subset to which a file belongs, found from the names of its folders.
 
-    This is used if the repository has no list of splits. Folders that are named `data` or like a split are ignored. If
-    no folder remains, the subset is `default`.
+    For example, 'data/en/train.csv' belongs to the subset 'en'. Folders that are named `data` or like a split are
+    ignored. If no folder remains, the subset is 'default'.
     """
     names = {'data', *(spelling for spellings in _IN_NAMES.values() for spelling in spellings)}
     folders = [folder for folder in name.split('/')[:-1] if folder.lower() not in names]
@@ -245,7 +256,7 @@ def _from_names(files: Iterable[str], entry: HubDataset, subset: str, split: str
 
 
 def _in_one_format(names: Iterable[str]) -> list[str]:
-    """Return the names, sorted. If a file exists in several formats, only one of them is returned."""
+    """Return the names, sorted. If a file exists as a.csv and a.parquet, only one of the two names is returned."""
     by_stem: dict[str, str] = {}
     for name in sorted(names, key=_format_rank):
         by_stem.setdefault(name.removesuffix('.gz').rpartition('.')[0], name)

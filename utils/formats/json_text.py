@@ -1,4 +1,4 @@
-"""JSON with the spelling of the source: numbers keep their text, and keys that occur twice are recorded."""
+"""JSON that keeps the spelling of the source. Numbers keep their text, and repeated keys of an object are recorded."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class WrittenNumber(float):
-    """A JSON number that keeps its text: 1.10 stays 1.10, and 1e22 does not become 1e+22."""
+    """A JSON number that keeps its spelling: 1.10 stays 1.10, and 1e22 does not become 1e+22."""
 
     def __new__(cls, written: str) -> WrittenNumber:
-        """Parse the text of a number, and keep the text."""
+        """Parse the number `written`, and keep its spelling."""
         number = super().__new__(cls, written)
         number.written = written
         return number
@@ -21,11 +21,11 @@ class WrittenNumber(float):
     written: str
 
     def __str__(self) -> str:
-        """Return the text of the number in the file."""
+        """Return the number as it is spelled in the file, for example '1.10'."""
         return self.written
 
     def __reduce__(self) -> tuple[type[WrittenNumber], tuple[str]]:
-        """Keep the text of the number when the number is copied or pickled."""
+        """Keep the spelling when the number is copied or pickled."""
         return WrittenNumber, (self.written,)
 
 
@@ -49,12 +49,15 @@ def with_columns(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
 
 
 def repeated_key(key: str) -> str:
-    """Return the note for a row with an object that has this key twice."""
+    """Return a note for the report: an object in a row has the key `key` twice."""
     return f'the JSON key `{key}` occurs twice in an object: the last value is used'
 
 
 class JsonParser:
-    """Parses JSON text. Numbers keep their text. `repeated` has the keys that occurred twice in one object."""
+    """Parses JSON text. Numbers keep their spelling (see WrittenNumber).
+
+    If an object has a key twice, its last value is used, and the key is added to the list `repeated`.
+    """
 
     def __init__(self) -> None:
         self.repeated: list[str] = []
@@ -78,9 +81,9 @@ class JsonParser:
         return self._decoder.raw_decode(text, position)
 
     def row(self, value: Any) -> Any:
-        """Return `value`. If `repeated` has keys, a dict is returned as a RowWithRepeatedKeys with these keys.
+        """Return a parsed row. If it has a key twice in one object, it is returned as a RowWithRepeatedKeys.
 
-        Afterwards, `repeated` is cleared for the next row.
+        The list of repeated keys is `self.repeated`. It is cleared, so that the next row begins with an empty list.
         """
         if self.repeated and isinstance(value, dict):
             value = RowWithRepeatedKeys(value, self.repeated)
@@ -95,17 +98,18 @@ _NONCE = f'{secrets.randbelow(9) + 1}.{secrets.randbelow(10**8):08d}'
 class Spelling:
     """Makes a JSON writer print numbers with the spelling of the source.
 
-    A JSON writer prints a WrittenNumber like any float: 1.10 as 1.1. So before printing, `hide` replaces each such
-    number by a stand-in (a unique float). After printing, `show` replaces each stand-in by the text of its number.
+    A JSON writer prints a WrittenNumber like any float: 1.10 as 1.1. So before printing, `hide` replaces the number by
+    a unique float. After printing, `show` replaces this float by 1.10.
     """
 
     def __init__(self) -> None:
         self._written: dict[str, str] = {}
 
     def hide(self, value: Any) -> Any:
-        """Return nested JSON data with a stand-in for each number that a JSON writer would change, such as 1.10.
+        """Return nested JSON data in which a unique float replaces each number that a JSON writer would change.
 
-        Data without such a number is returned itself, not as a copy.
+        For example, a JSON writer would change 1.10 to 1.1. If there is no number like 1.10, `value` itself is
+        returned.
         """
         if isinstance(value, WrittenNumber):
             return value if repr(value) == value.written else self._stand_in(value.written)
@@ -124,7 +128,7 @@ class Spelling:
         return number
 
     def show(self, printed: str) -> str:
-        """Return the printed text with each stand-in of `hide` replaced by the number as it is in the source."""
+        """Return the printed JSON text with the original spelling of each number that `hide` replaced by a float."""
         if not self._written:
             return printed
         return re.sub('|'.join(map(re.escape, self._written)), lambda match: self._written[match[0]], printed)

@@ -18,21 +18,24 @@ _KEY = 'message key `'
 
 @dataclass(kw_only=True)
 class MessagesForm:
-    """A row with the column `messages` (or `text`), and the unused columns and keys that could not be copied."""
+    """A row that is ready to be written to a new data file, and the names of columns and keys that it lacks.
+
+    `row` has the conversation in the column `messages`, or plain text in the column `text`. `not_copied` names the
+    columns of the source row, and the keys of its messages, that are not in `row`.
+    """
 
     row: dict[str, Any]
     not_copied: list[str] = field(default_factory=list)
 
 
 def messages_form(row: Row, folder: Path, *, marks_loss: bool, sees_images: bool) -> MessagesForm:
-    """Return the row with the column `messages`, for a file in `folder`. A row of plain text has the column `text`.
+    """Return `row` as it is written to a new data file in `folder`, with its conversation in the column `messages`.
 
-    The result has the conversation, tools and images of the converted row. Relative paths of images start in `folder`.
-    Unused columns and keys of messages are copied.
+    If `row` is plain text, the new row has the column `text` instead of `messages`. Unused columns and keys of the
+    source row are copied. The paths of images are changed so that they are right in `folder`.
 
-    By default, every reply in `messages` carries loss. But in some source rows, only the last reply carries loss. If
-    `marks_loss` is True, the earlier replies of such a row get `"loss": false`. `sees_images` says whether the model
-    uses images. If it does not, an image column is not copied.
+    If `marks_loss` is True, a reply that carries no loss in `row` gets `"loss": false`. If `sees_images` is False, the
+    model uses no images, and an image column is not copied.
     """
     made = MessagesForm(row={})
     made.not_copied += [name for name in row.unused if not name.startswith((_COLUMN, _KEY))]
@@ -41,6 +44,7 @@ def messages_form(row: Row, folder: Path, *, marks_loss: bool, sees_images: bool
         _copy_columns(row, made)
         return made
 
+    # Without a mark, every reply in the column `messages` carries loss.
     is_marked = marks_loss and row.loss_scope == 'last_round'
     messages = [_message(message, row, folder) for message in row.messages]
     for message in messages[:-1]:
@@ -96,7 +100,10 @@ def _moved(path: str, source: str | None, target: Path) -> str:
 
 
 def _copy_keys(row: Row, messages: list[dict[str, Any]], made: MessagesForm) -> None:
-    """Copy the unused keys of the turns of a row to its messages."""
+    """Copy unused keys from each turn of the source row to the message that was made from this turn.
+
+    A key that cannot be copied is added to `made.not_copied`.
+    """
     names = _names(row.unused, _KEY)
     for turn, message in _written_turns(row, messages) if names else ():
         for key in names:
@@ -109,7 +116,10 @@ def _copy_keys(row: Row, messages: list[dict[str, Any]], made: MessagesForm) -> 
 
 
 def _written_turns(row: Row, messages: list[dict[str, Any]]) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """Yield each turn of the source row with its message. Turns without keys (plain texts) are skipped."""
+    """Yield each turn of the source row, with the message that was made from this turn.
+
+    Turns that are plain text, and so have no keys, are skipped.
+    """
     column = next((name for name in ('messages', 'conversations') if name in row.written), None)
     pair = next((names for names in PAIRS if row.written.keys() >= set(names)), ())
     turns: list[Any] = []
@@ -123,7 +133,11 @@ def _written_turns(row: Row, messages: list[dict[str, Any]]) -> Iterator[tuple[M
 
 
 def _copy_columns(row: Row, made: MessagesForm) -> None:
-    """Copy the unused columns of a row, except columns that would change how the written row is read."""
+    """Copy the unused columns of a row to `made.row`.
+
+    A column is not copied if `made.row` would then be read as another format, or if JSON cannot represent its value.
+    The name of this column is added to `made.not_copied`.
+    """
     for name in _names(row.unused, _COLUMN):
         value = row.written[name]
         is_read_the_same = find_converter([*made.row, name]) is find_converter(made.row)

@@ -16,7 +16,8 @@ from utils.formats.json_text import RowWithRepeatedKeys
 class Reading:
     """How data files are read.
 
-    `columns` renames columns: it is {name in the file: new name}. A column with an empty new name is dropped.
+    `columns` is a dict from the name of a column in the file to its new name. If the new name is '', the column is
+    dropped.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -28,8 +29,8 @@ class Reading:
     def renamed(self, row: dict[str, Any], location: str) -> dict[str, Any]:
         """Return the row with its columns renamed. Raises ConfigError if two columns would get the same name.
 
-        A column that --columns drops stays in the row under a name that no format reads. So its text is reported as
-        not used.
+        A column that --columns drops is renamed to 'NAME (left out)'. No format reads a column of this name, so the
+        column is reported as not used.
         """
         if self.columns.keys().isdisjoint(row):
             return row

@@ -122,11 +122,13 @@ def _misfit(cells: Sequence[str], names: Sequence[str], width: int, separator: s
 
 
 def read_table(source: FileBytes, bad: OnBad, remark: Remark, *, usual: str) -> Iterator[tuple[str, Any]]:
-    """Yield (location, row) for each row of a table. `usual` is the separator that the kind of file normally has.
+    """Yield (location, row) for each row of a table. `usual` is a comma for a CSV file, and a tab for a TSV file.
 
-    A different separator is used if the file states it in its first line, such as sep=;, or if the header and the first
-    rows show it. Then `remark` is called with a sentence about it. Lines with only separators after the last row are
-    skipped, and `remark` is called with a sentence that gives their number.
+    The cells are separated by `usual`, unless the first line of the file states a different separator (sep=;), or the
+    header and the first rows show one. Then `remark` is called with a sentence about it.
+
+    Lines with only separators after the last row are skipped. Then `remark` is called with a sentence that gives their
+    number.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     path = source.path

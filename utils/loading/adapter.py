@@ -76,10 +76,10 @@ def _check_complete(model: Any, folder: Path, checkpoint: Path) -> None:
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     with safe_open(folder / 'adapter_model.safetensors', 'pt') as file:
         stored = set(file.keys())
-    for names, what in ((wanted - stored, 'lacks {} tensors'), (stored - wanted, 'has {} tensors too many')):
+    for names, what in ((wanted - stored, 'missing'), (stored - wanted, 'too many')):
         if names:
             raise ConfigError(
-                f'--adapter {checkpoint}: its file {what.format(len(names))}, for example {min(names)}. So the file '
-                f'does not fit adapter_config.json and {type(model.get_base_model()).__name__}. Copy the complete '
-                'checkpoint, or train a new adapter without --adapter.'
+                f'--adapter {checkpoint}: the tensors of the adapter do not fit adapter_config.json and '
+                f'{type(model.get_base_model()).__name__}: {len(names)} {what}, for example {min(names)}. Copy the '
+                'complete checkpoint, or train a new adapter without --adapter.'
             )

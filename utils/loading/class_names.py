@@ -32,10 +32,11 @@ def tensors_of_class(model: Any) -> dict[str, Any]:
 
 
 def names_in_class(model: Any, stored: Collection[str]) -> dict[str, str | None]:
-    """Return a dict from each name in `stored` to the name of the same tensor in the model's class.
+    """Return a dict from the names `stored` to names in the model's class, for the same tensors.
 
-    `stored` are names of tensors in the files from which the model was opened. The value is '' if the class merges the
-    tensor with others or splits it, and None if the class does not load it.
+    `stored` are the names of tensors in the weight files of the model. For example, the name
+    language_model.model.norm.weight in a file can be the name model.norm.weight in the class. If the class merges a
+    tensor with others or splits it, the value is ''. If the class does not load a tensor, the value is None.
     """
     held = dict.fromkeys(tensors_of_class(model), True)
     return {name: _name_in_class(model, held, name) for name in stored}

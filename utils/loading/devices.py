@@ -99,10 +99,10 @@ def _blocks(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
 
 
 def _owners(blocks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
-    """Return a dict from each block to its owner, a block that must be on the same GPU.
+    """Return a dict from the path of each block to the path of the block that decides on its GPU.
 
-    If a block shares a parameter with earlier blocks (tied weights), its owner is the first of them. Otherwise the
-    block is its own owner.
+    If a block shares a parameter with earlier blocks (tied weights), the first of these decides. Any other block
+    decides for itself, so its value is its own path.
     """
     first: dict[int, str] = {}
     owners = {}
@@ -116,10 +116,10 @@ def _owners(blocks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
 
 
 def _sizes(model: PreTrainedModel, blocks: Mapping[str, torch.nn.Module], spread: Spread) -> dict[str, int]:
-    """Return a dict from block to size in bytes.
+    """Return a dict from the path of a block to its size in bytes.
 
-    Blocks that share a parameter must be on the same GPU. So such blocks have only one entry in the dict: their owner
-    (see _owners), with the size of all these blocks together. A shared parameter is counted once.
+    Blocks that share a parameter (tied weights) must be on the same GPU. So only the first of them is in the dict, with
+    the size of all of them together. A shared parameter is counted once.
     """
     import torch
 
@@ -143,11 +143,13 @@ def _sizes(model: PreTrainedModel, blocks: Mapping[str, torch.nn.Module], spread
 
 
 def _partition(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None:
-    """Return a list with the index of the device for each block. Returns None if the blocks do not fit.
+    """Return the index of a device for each block. Returns None if the blocks do not fit on the devices.
 
-    Each device gets contiguous blocks, so that activations move from one device to the next only once. The partition
-    minimises the sum of load^2 / capacity, so that about the same share of each device is used.
+    `sizes` are the sizes of the blocks in bytes, and `capacities` the free bytes of the devices. Each device gets
+    contiguous blocks. All devices are filled to about the same share.
     """
+    # With contiguous blocks, activations move from one device to the next only once. The sum of load^2 / capacity is
+    # minimised, so that about the same share of each device is used.
     sums = [0, *accumulate(sizes)]
 
     # Number of blocks placed so far -> (lowest cost, number of blocks that were placed after each device).

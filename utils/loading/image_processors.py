@@ -60,9 +60,9 @@ class Images(ABC):
         return {**self.pixels(paths), **self.per_token(input_ids)}
 
     def example(self, tokenizer: Any, text: list[int]) -> dict[str, torch.Tensor]:
-        """Return all inputs of the model for one test row: an image, then the token ids `text`.
+        """Return all inputs of the model for one test row: an image that is a ramp from black to white, then `text`.
 
-        The image is a ramp from black to white. Two models are compared on this row.
+        `text` is a list of token ids. Two models are compared on this row.
         """
         import torch
         from PIL import Image
@@ -193,9 +193,9 @@ def open_images(model: Any, tokenizer: Any, model_dir: Path, *, max_pixels: int 
 def open_images_of_folder(
     config: Mapping[str, Any], tokenizer: Any, model_dir: Path, *, max_pixels: int | None
 ) -> Images | None:
-    """Return the same object as `open_images`, without a model. `config` is the content of config.json in the folder.
+    """Return the object that converts images for the model in a folder. The model is not opened.
 
-    Returns None if the model takes no images or is not supported.
+    `config` is the content of config.json in the folder. Returns None if the model takes no images or is not supported.
     """
     family = find_family(config) if 'visual' in config else None
     settings = {**config, **family.config(config), 'model_type': family.saved_model_type} if family else dict(config)

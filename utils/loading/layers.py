@@ -199,9 +199,10 @@ def _shortened(paths: Sequence[str], names: Counter[str]) -> list[str]:
 
 
 def named_by(targets: Collection[str], paths: Iterable[str]) -> list[str]:
-    """Return the paths in `paths` that PEFT finds for these targets.
+    """Return the paths of the layers that PEFT selects with these targets.
 
-    A target finds the path that is equal to it, and all paths that end in a dot and the target.
+    A target selects the path that is equal to it, and all paths that end in '.' + target. For example, the target
+    q_proj selects layers.0.q_proj.
     """
     return [path for path in paths if any(f'.{path}'.endswith(f'.{target}') for target in targets)]
 

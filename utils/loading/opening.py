@@ -311,8 +311,8 @@ def _match_tokenizer_file(tokenizer: Any, model_dir: Path) -> Any:
 
     text = next(text for text, one, other in zip(_PROBE_TEXTS, found, wanted, strict=True) if one != other)
     logger.info(
-        f'tokenizer = built from {file.name} because {type(tokenizer).__name__} encodes {text!r} differently from '
-        f'{file.name}'
+        f'the tokenizer is opened from {file.name} alone, because the class {type(tokenizer).__name__} would encode '
+        f'{text!r} differently'
     )
     return by_file
 

@@ -1,4 +1,4 @@
-"""Settings for packed layers (linear layers with quantised weights), which training and saving need."""
+"""Settings for training and saving packed layers. A packed layer is a linear layer with quantised weights."""
 
 from __future__ import annotations
 

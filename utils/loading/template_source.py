@@ -80,15 +80,18 @@ def read_variables(source: str, where: str = 'the chat template') -> frozenset[s
 class _Reader:
     """Finds the variables that come from the caller, by following the statements of a template in their order.
 
-    `known` has the names that the template itself has set on every path to a statement. If the statement reads a name
-    that is not in `known`, the name comes from the caller.
+    In each method, `known` are the names that the template has set before a statement, whatever the values of its
+    conditions are. If the statement reads a name that is not in `known`, the name comes from the caller.
     """
 
     def __init__(self) -> None:
         self.found: set[str] = set()
 
     def read_body(self, body: Iterable[nodes.Node], known: frozenset[str]) -> frozenset[str]:
-        """Read statements that share a scope. Returns `known`, plus each name that is set whichever branch is taken."""
+        """Read the statements of one scope. Return `known` plus the names that these statements set in every case.
+
+        A name that only one branch of an {% if %} sets is not added.
+        """
         from jinja2 import nodes
 
         macros = []

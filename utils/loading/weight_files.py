@@ -34,7 +34,8 @@ def weight_files(model_dir: Path) -> list[Path]:
 
             if outside := [shard for shard in shards if Path(shard).name != shard]:
                 raise ConfigError(
-                    f'{index} names {outside[0]!r}, which is not a file of its folder. Download or copy it again.'
+                    f'{index} names the file {outside[0]!r}, which is outside the folder of the index. Download or '
+                    'copy the index again.'
                 )
 
             if missing := [shard for shard in shards if not (model_dir / shard).is_file()]:
@@ -85,10 +86,9 @@ def read_state(model_dir: Path) -> State:
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """Return a dict from name to memory-mapped tensor for one weight file.
+    """Return a dict from name to tensor for one weight file. The tensors are memory-mapped.
 
-    In the 4-bit files of 2023, each `<name>.quant_state` is a list, not a tensor. Raises ConfigError if the file is
-    damaged or contains code.
+    Raises ConfigError if the file is damaged or contains code.
     """
     import pickle
     import zipfile

@@ -297,9 +297,10 @@ def _mix(t: Translation, rows: Rows) -> None:
 
 
 def val_size(t: Translation, key: str) -> None:
-    """Translate the size of the validation set, a share or a number of rows, to --dataset_test_ratio (a share).
+    """Translate the size of the validation set to --dataset_test_ratio, which is a share of all rows.
 
-    A number of rows becomes 0.01, because the number of all rows is not known. A note asks the user to change it.
+    If the recipe gives a share, it is used. If the recipe gives a number of rows, the share is unknown, because the
+    number of all rows is unknown. Then the flag is set to 0.01, and a note asks the user to correct it.
     """
     size = to_number(t.get(key, 0))
     if size is None or size < 0:

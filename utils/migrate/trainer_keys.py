@@ -272,9 +272,9 @@ TRAINER_FAMILIES: dict[str, Rule] = {
 def set_steps(t: Translation, *, evaluates: bool, save_default: int = 500) -> None:
     """Set --eval_steps and --save_steps from eval_strategy, eval_steps, save_strategy and save_steps of the recipe.
 
-    If the strategy is `epoch`, the flag is set to the share of the run that one epoch takes. `evaluates` is whether the
-    command has validation rows. Without them, --eval_steps is not set. `save_default` is the toolkit's number of steps
-    between two checkpoints if the recipe has no save_steps.
+    If the strategy is `epoch`, the flag is set to the share of the run that one epoch takes. If `evaluates` is False,
+    the command has no validation rows, and --eval_steps is not set. If the recipe has no save_steps, --save_steps is
+    set to `save_default`.
     """
     epochs = to_number(t.get('num_train_epochs')) or 3
     key = 'eval_strategy' if t.get('eval_strategy') is not None else 'evaluation_strategy'
@@ -307,7 +307,7 @@ def _use_steps(t: Translation, flag: str, default: Any) -> None:
 def run_share(times: float) -> float:
     """Return the value of --eval_steps or --save_steps for `times` evaluations or checkpoints in the whole run.
 
-    A value below 1 is a share of the run, and 1 means every step. So for one evaluation or checkpoint, the value is
+    For example, 4 times gives 0.25, a quarter of the run. The value 1 would mean every step. So once gives a value
     slightly below 1.
     """
     return _WHOLE_RUN if times <= 1 else round(1 / times, 6)

@@ -1,4 +1,7 @@
-"""The result of reading a recipe: the flags of llm_sft.py, a note for each key of the recipe, and the problems."""
+"""The translation of a recipe: the flags of llm_sft.py, a note for each key of the recipe, and the problems.
+
+A rule is a function that translates one key of a recipe. It is called with the translation, the key and its value.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +57,10 @@ class Translation:
             self.notes.append(added)
 
     def use(self, key: str, flag: str, value: Any, *, why: str = '', kind: Kind = 'used') -> None:
-        """Set a flag of the command from a key, and add a note.
+        """Set a flag of the command from a key of the recipe, and add a note.
 
-        `why` says how the meanings of the key and the flag differ. If `why` is not empty, the kind of the note is
-        `different`. Otherwise the kind is `kind`.
+        `why` says how the meanings of the key and the flag differ. If they differ, the kind of the note is `different`.
+        Otherwise the kind is `kind`.
         """
         words = [to_word(item) for item in (value if isinstance(value, list) else [value])]
         assert has_flag(flag), f'--{flag} is no flag of llm_sft.py'
@@ -89,7 +92,7 @@ def is_off(value: Any) -> bool:
 
 
 def is_on(value: Any) -> bool:
-    """Return whether a value is neither empty (is_empty) nor off (is_off)."""
+    """Return whether a value is set and switches something on. It is not empty, false, 0, no or off."""
     return not is_empty(value) and not is_off(value)
 
 
@@ -112,7 +115,7 @@ def to_number(value: Any) -> float | None:
 
 
 def to_list(value: Any) -> list[Any]:
-    """Return the items of a list, or of a text that separates them with commas."""
+    """Return the items of a list, or of a text that separates them with commas: 'a, b' gives ['a', 'b']."""
     if is_empty(value):
         return []
     if isinstance(value, list):
@@ -126,19 +129,25 @@ def has_flag(flag: str) -> bool:
 
 
 def same(flag: str, why: str = '') -> Rule:
-    """Return a rule that gives `flag` the value of the recipe's key. `why` says how the flag differs from the key."""
+    """Return a rule that sets `flag` to the value of the key for which the rule is called.
+
+    `why` says how the meanings of the flag and the key differ. If it is '', they do not differ.
+    """
     return lambda t, key, value: t.use(key, flag, value, why=why)
 
 
 def unused(why: str) -> Rule:
-    """Return a rule for a key without effect in llm_sft.py. The report hides its value, which can be a secret."""
+    """Return a rule for a key without effect in llm_sft.py. The rule adds a note with the text `why`.
+
+    The report does not show the value of this key, because it can be a secret.
+    """
     return lambda t, key, value: t.note('without effect', key, why)
 
 
 def other(text: str) -> Rule:
-    """Return a rule for a key that sets no flag. `text` says what llm_sft.py does instead.
+    """Return a rule that sets no flag and adds a note to the report. `text` says what llm_sft.py does instead.
 
-    If the value of the key is off, the note says that the key has no effect.
+    If the value of the key is false, 0, no or off, the note says that the key has no effect.
     """
 
     def rule(t: Translation, key: str, value: Any) -> None:
@@ -153,7 +162,8 @@ def other(text: str) -> Rule:
 def refused(problem: str) -> Rule:
     """Return a rule for a key that cannot be translated. The rule adds `problem` to the problems of the recipe.
 
-    If the value of the key is off, the rule adds only a note that the key has no effect.
+    If the value of the key is false, 0, no or off, nothing is wrong. Then the rule adds only a note that the key has no
+    effect.
     """
 
     def rule(t: Translation, key: str, value: Any) -> None:
@@ -170,10 +180,10 @@ def silent(t: Translation, key: str, value: Any) -> None:
 
 
 def apply_rules(t: Translation, rules: Mapping[str, Rule], families: Mapping[str, Rule]) -> None:
-    """Apply a rule to each key of the recipe whose value is not empty.
+    """Call the rule for each key of the recipe whose value is not empty.
 
-    The rule is `rules[key]` or, without such a rule, the first rule in `families` whose name is a prefix of the key.
-    For a key without a rule, a note of the kind `not understood` is added.
+    The rule is `rules[key]`. If `rules` has no such key, it is the first rule in `families` whose name is a prefix of
+    the key. If a key has no rule, a note of the kind `not understood` is added.
     """
     for key, value in t.values.items():
         if is_empty(value):

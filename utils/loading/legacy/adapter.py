@@ -63,7 +63,7 @@ def convert_adapter(family: Family, original: dict[str, Any], state: State) -> S
 def native_adapter(
     checkpoint: Path, layers: Collection[str], base: Path | None = None, name: str | None = None
 ) -> Iterator[Path]:
-    """Yield a folder with the adapter as safetensors under native names.
+    """Yield a folder with the adapter as safetensors, under the tensor names of the opened model.
 
     If nothing has to be converted, the folder is `checkpoint`. Otherwise it is a temporary folder.
 

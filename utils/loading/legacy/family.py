@@ -32,10 +32,13 @@ _COMPUTED = re.compile(
 class Family:
     """The functions that convert one original layout of 2023, and the names of the native classes.
 
-    `config` returns the arguments of the native configuration. It raises ConfigError if the original configuration has
-    a value that the native class does not support. `tensors` returns all tensors under native names. It raises
-    ConfigError if the name of an original tensor is unknown. `config_class` and `model_class` name classes of
-    transformers or, in the form 'module:class', classes in utils/loading/legacy/classes/.
+    An original layout is the layout of the checkpoints that a model's own code reads. A native class is a class of
+    transformers or of this project.
+
+    `config` returns the arguments of the native configuration. It raises ConfigError if the native class does not
+    support a value in the original config.json. `tensors` returns all tensors under the names in the native class. It
+    raises ConfigError if the name of an original tensor is unknown. `config_class` and `model_class` name classes of
+    transformers. Names in the form 'module:class' are classes in utils/loading/legacy/classes/.
     """
 
     name: str
@@ -62,9 +65,9 @@ class Family:
 
 
 def is_computed(key: str) -> bool:
-    """Return whether `key` names a table that native classes compute, for example inv_freq of a rotary embedding.
+    """Return whether `key` names a table that transformers computes, for example inv_freq of a rotary embedding.
 
-    Original layouts store these tables in the checkpoint.
+    The checkpoints of 2023 contain these tables.
     """
     return _COMPUTED.search(key) is not None
 
@@ -72,8 +75,8 @@ def is_computed(key: str) -> bool:
 def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> State:
     """Call `rename(key, tensor)` for each tensor of `state`, and return all results in one dict.
 
-    Tensors that native classes compute themselves (see `is_computed`) are left out. Raises ConfigError if two results
-    contain the same name.
+    Tables that transformers computes itself, such as inv_freq, are left out. Raises ConfigError if two results contain
+    the same name.
     """
     mapped: State = {}
 
@@ -84,7 +87,8 @@ def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> S
         for new, value in rename(key, tensor).items():
             if new in mapped:
                 raise ConfigError(
-                    f"the checkpoint holds '{new}' twice, the second time as '{key}'. Download or copy it again."
+                    f"the checkpoint has two tensors for '{new}', and one of them has the name '{key}'. Download or "
+                    'copy the checkpoint again.'
                 )
             mapped[new] = value
 
@@ -92,9 +96,9 @@ def map_each(state: State, rename: Callable[[str, Any], Mapping[str, Any]]) -> S
 
 
 def same_tensors(state: State, original: Config) -> State:
-    """Return `state` without the tensors that native classes compute themselves (see `is_computed`).
+    """Return `state` without the tables that transformers computes itself, such as inv_freq.
 
-    The tensors in `state` already have their native names.
+    The other tensors keep their names.
     """
     return map_each(state, lambda key, tensor: {key: tensor})
 

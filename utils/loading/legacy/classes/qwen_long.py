@@ -25,10 +25,11 @@ from utils.loading.cache_names import cache_of, without_cache
 
 
 def ntk_alpha(length: int, trained: int) -> float:
-    """Return the NTK factor for a prompt of `length` tokens.
+    """Return the NTK factor for a prompt of `length` tokens. `trained` is the training length of the model.
 
-    The base of the rotary embedding is computed from the NTK factor. The factor is 1 up to the training length
-    `trained`, 3 up to twice this length, 7 up to four times, and so on.
+    If the prompt is not longer than the training length, the factor is 1. It is 3 for a prompt of up to 2 times the
+    training length, 7 for up to 4 times, and 15 for up to 8 times. The base of the rotary embedding is computed from
+    the factor.
     """
     return float(max(2 ** math.ceil(math.log2(max(length, 1) / trained) + 1) - 1, 1))
 

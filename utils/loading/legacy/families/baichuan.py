@@ -89,14 +89,17 @@ def native_tensors(state: State, original: Config, *, width: int) -> State:
 
 
 def native_tensors_normalised(state: State, original: Config, *, width: int) -> State:
-    """Return the same as `native_tensors`, but with each row of the output head divided by its Euclidean norm."""
+    """Return the tensors under the names of Llama, with each row of the output head divided by its Euclidean norm.
+
+    W_pack is split into query, key and value. `width` is used as the hidden size if config.json does not state it.
+    """
     return with_normalised_head(native_tensors(state, original, width=width))
 
 
 def _split(key: str, tensor: torch.Tensor, *, width: int) -> dict[str, torch.Tensor]:
-    """Return a dict with the tensor under its native name, or with the three parts of a fused tensor.
+    """Return a dict with the tensors of Llama that replace one tensor of the checkpoint: W_pack becomes three tensors.
 
-    Raises ConfigError if a fused tensor does not have 3 * width rows.
+    Raises ConfigError if a W_pack tensor does not have 3 * `width` rows.
     """
     fused = _FUSED.match(key)
     if fused is None:
@@ -130,7 +133,7 @@ class NormalisedRows(LazyMatrix):
 
 
 def with_normalised_head(native: State) -> State:
-    """Return the native tensors with each row of the output head divided by its Euclidean norm.
+    """Return the tensors with each row of the output head divided by its Euclidean norm.
 
     The division is done only when the rows are loaded.
     """

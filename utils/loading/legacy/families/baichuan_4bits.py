@@ -173,7 +173,7 @@ def native_config(original: Config, *, unquantised: Family) -> dict[str, Any]:
 
 
 def native_tensors(state: State, original: Config, *, unquantised: Family) -> State:
-    """Unpack the tensors and return them under native names. The names are those of the unquantised model."""
+    """Unpack the tensors and return them under the names in the transformers class of the unquantised model."""
     return unquantised.tensors(unpack_state(state), _unquantised_config(original))
 
 

@@ -92,7 +92,8 @@ def _renamed(original: Config) -> dict[str, Any]:
 def _rope(original: Config, family: str) -> dict[str, Any]:
     """Return rope_parameters for GlmConfig. Half of each head is rotated.
 
-    In the 32k model, positions are divided by rope_ratio. Raises ConfigError if a different model has a rope_ratio.
+    If config.json has a rope_ratio, positions are divided by it. Only ChatGLM2-6B-32k has a rope_ratio. Raises
+    ConfigError if ChatGLM2-6B has one.
     """
     rope = {'rope_type': 'default', 'rope_theta': 10000.0, 'partial_rotary_factor': 0.5}
 
@@ -121,9 +122,10 @@ def native_tensors(state: State, original: Config) -> State:
 
 
 def _rename(key: str, tensor: torch.Tensor, *, rows: tuple[int, int, int]) -> dict[str, torch.Tensor]:
-    """Return a dict with the native names and tensors that replace one original tensor.
+    """Return a dict with the tensors of GlmForCausalLM that replace one tensor of the checkpoint.
 
-    `rows` are the numbers of rows of query, key and value. Raises ConfigError if the name or the shape is wrong.
+    The keys are the names in GlmForCausalLM. `rows` are the numbers of rows of query, key and value. Raises ConfigError
+    if the name or the shape is wrong.
     """
     if key in _NAMES:
         return {_NAMES[key]: tensor.detach()}

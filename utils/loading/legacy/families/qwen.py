@@ -138,9 +138,9 @@ def gptq_config(original: Config) -> dict[str, Any]:
 
 
 def rename_text(key: str, tensor: Any, family: str) -> dict[str, Any]:
-    """Return a dict with the native names and tensors that replace one original tensor of the language model.
+    """Return a dict with the tensors of Qwen2 that replace one tensor of the language model in the checkpoint.
 
-    The tensor is plain or GPTQ. Raises ConfigError if the original name is unknown.
+    The keys are the names in Qwen2. The tensor is plain or GPTQ. Raises ConfigError if the name `key` is unknown.
     """
     module, _, name = key.rpartition('.')
     if module in _OUTER and name == 'weight':
@@ -184,9 +184,10 @@ def gptq_tensors(state: State, original: Config) -> State:
 
 
 def _rename_gptq(key: str, tensor: Any) -> dict[str, Any]:
-    """Return the same as `rename_text`, but an empty dict for a bias that AutoGPTQ added to a layer without a bias.
+    """Return a dict with the tensors of Qwen2 that replace one GPTQ tensor of the checkpoint.
 
-    All values of such a bias are zero. Raises ConfigError if a value is not zero.
+    The keys are the names in Qwen2. AutoGPTQ adds a bias of zeros to layers without a bias. For this bias, the dict is
+    empty. Raises ConfigError if one of its values is not zero.
     """
     layer = _LAYER.fullmatch(key.removesuffix('.bias'))
 

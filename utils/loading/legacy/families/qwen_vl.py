@@ -110,7 +110,10 @@ def native_tensors(state: State, original: Config) -> State:
 
 
 def _rename(key: str, tensor: Any) -> dict[str, Any]:
-    """Return a dict with the native names and tensors that replace one original tensor."""
+    """Return a dict with the tensors of QwenVLForCausalLM that replace one tensor of the checkpoint.
+
+    The keys are the names in QwenVLForCausalLM.
+    """
     if key.startswith(_TOWER):
         return {f'visual.{key.removeprefix(_TOWER)}': tensor}
 
@@ -118,9 +121,10 @@ def _rename(key: str, tensor: Any) -> dict[str, Any]:
 
 
 def gptq_tensors_of_both(state: State, original: Config) -> State:
-    """Return the tensors of the language model and the vision tower under native names.
+    """Return all tensors of a Qwen-VL with GPTQ weights, under the names of QwenVLForCausalLM.
 
-    Only the language model has GPTQ tensors. The tower is never packed.
+    If optimum and gptqmodel are installed, the GPTQ weights stay packed. Otherwise they are unpacked. The vision tower
+    has no GPTQ weights.
     """
     tower = {key: tensor for key, tensor in state.items() if key.startswith(_TOWER) and not is_computed(key)}
     text = {key: tensor for key, tensor in state.items() if not key.startswith(_TOWER)}

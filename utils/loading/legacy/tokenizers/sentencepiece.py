@@ -49,11 +49,11 @@ class Vocabulary:
 
     @property
     def isolates_symbols(self) -> bool:
-        """Return whether a regex must separate the user-defined pieces from the rest of a text.
+        """Return whether a regex must split a text before and after each user-defined piece.
 
-        The regex is applied after the dummy prefix was added to the text. If no regex is needed, the user-defined
-        pieces become added tokens of the tokenizer.
+        If not, the user-defined pieces are added tokens of the tokenizer, which need no regex.
         """
+        # The regex is applied after the dummy prefix was added to the text.
         return self.dummy_prefix and bool(self.of_type(_USER_DEFINED))
 
 
@@ -206,23 +206,24 @@ def _model(vocabulary: Vocabulary) -> Any:
 
 
 def _cut_pattern(vocabulary: Vocabulary) -> str:
-    """Return a regex. Before the model encodes normalised text, the text is split at the matches of this regex.
+    """Return a regex. Normalised text is split at its matches before the model encodes the text.
 
-    Returns an empty string if the text must not be split. The regex has two purposes.
+    The regex is empty if no text must be split. A text must be split for two reasons:
 
-    First, it separates user-defined pieces from the rest of the text. It tries the longest piece first. The model then
-    keeps each user-defined piece whole (ignore_merges).
+    First, each user-defined piece must stay whole. So the text is split before and after the piece. If several pieces
+    match, the longest one counts.
 
-    Second, it splits ordinary text that spells a control or byte piece, for example `<s>`. Without the split, the model
-    can read such text as the control or byte piece. A BPE model does so right after a user-defined piece. A unigram
-    model does so if the spelling has a character that no normal piece contains.
+    Second, ordinary text that looks like a control or byte piece, for example `<s>`, must not become this piece. So the
+    text is split inside `<s>`.
     """
     literals = [t for t in vocabulary.of_type(_UNKNOWN, _CONTROL, _BYTE) if len(t) > 1]
     known = set(''.join(vocabulary.of_type(_NORMAL)))
+    # The model keeps a user-defined piece whole (ignore_merges) if the text is split before and after it.
     symbols = vocabulary.of_type(_USER_DEFINED) if vocabulary.isolates_symbols else []
     parts = sorted(map(re.escape, symbols), key=len, reverse=True)
 
     if vocabulary.unigram:
+        # A unigram model reads ordinary text `<s>` as the piece only if no normal piece contains one of its characters.
         for text in literals:
             if not known.issuperset(text):
                 at = _split_point(text, known)
@@ -232,6 +233,7 @@ def _cut_pattern(vocabulary: Vocabulary) -> str:
     if not parts:
         return ''
 
+    # A BPE model reads ordinary text `<s>` as the piece only right after a user-defined piece.
     symbol = '|'.join(parts)
     literal = '|'.join(map(re.escape, literals))
     return f'{symbol}|(?={literal})(?<={symbol}).'
