@@ -219,7 +219,7 @@ def merge(done: Ready[InferArguments], trained: Trained, served: Served, weights
 
     model = served.model
     config = served_config(model.generation_config, served.config, done.args, done.typed)
-    target, proven = merge_checkpoint(
+    target, result = merge_checkpoint(
         model,
         served.encoder,
         config,
@@ -228,7 +228,9 @@ def merge(done: Ready[InferArguments], trained: Trained, served: Served, weights
         images=served.encoder.images,
         base=find_base(done, trained, weights),
     )
-    logger.info(f'merged: {target}: {proven}\nnext: python llm_infer.py --ckpt_dir {target}')
+    logger.info(
+        f'the merged model is in {target}. Result of its check: {result}\nnext: python llm_infer.py --ckpt_dir {target}'
+    )
     return target
 
 

@@ -269,7 +269,7 @@ def test_a_share_has_no_meaning_where_all_rows_are_answered(
     model_dir: Path, data_file: Path, problems: Problems
 ) -> None:
     assert llm_infer.main(['--model_id_or_path', str(model_dir), '--dataset', f'{data_file}%0.5']) == 2
-    assert 'a share (%) is for training, and here all rows are answered. Write ' in problems()[0]
+    assert 'a share (the number after %) can be used only in training. Write ' in problems()[0]
 
 
 @pytest.mark.slow

@@ -284,7 +284,8 @@ PROGRAMS: dict[str, Row] = {
     'no rows to show': (lambda w: w.infer('--show_dataset_sample', '0'), '--show_dataset_sample takes 1 or more, or'),
     'batches of none': (lambda w: w.infer('--infer_batch_size', '0'), '--infer_batch_size takes 1 or more, got 0.'),
     'export of a checkpoint': (
-        lambda w: w.infer('--ckpt_dir', w.checkpoint(), '--export_native', 'true'), 'For a checkpoint use --merge_lora',
+        lambda w: w.infer('--ckpt_dir', w.checkpoint(), '--export_native', 'true'),
+        'To export a checkpoint, use --merge_lora_and_save true instead',
     ),
     'merging nothing': (
         lambda w: w.infer('--model_id_or_path', w.source / 'model', '--merge_lora_and_save', 'true'),

@@ -208,7 +208,7 @@ def test_another_chat_template_or_adapter_is_refused_on_resuming(
     resumed = (*flags, '--resume_from_checkpoint', str(run / 'checkpoint-1'))
     run_sft(*resumed, '--lora_rank', '4', expect=2)
     assert problems()[-1] == (
-        f'--lora_rank 4: the adapter in {run / "checkpoint-1"} has rank 8. '
+        f'--lora_rank 4: the adapter in {run / "checkpoint-1"} was trained with --lora_rank 8. '
         'Use --lora_rank 8, or remove --resume_from_checkpoint to start a new run.'
     )
     run_sft(*resumed, '--lora_target_modules', 'q_proj', expect=2)
@@ -277,8 +277,8 @@ def test_a_secret_that_is_not_utf_8_is_one_message() -> None:
     problems = CollectedProblems()
     check_environment({'MY_TOKEN': 'abcdefgh\udcff', 'OTHER_TOKEN': 'abcdefgh'}, problems)
     assert problems.found == [
-        'the value of the variable MY_TOKEN is not UTF-8, so a leak of this secret into the run folder cannot be '
-        'found. Set the variable to UTF-8 text, or unset it.'
+        'the value of the variable MY_TOKEN is not UTF-8. After training, the run folder is searched for secrets of '
+        'the environment, and this search needs UTF-8. Set the variable to UTF-8 text, or unset it.'
     ]
 
 

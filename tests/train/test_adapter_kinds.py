@@ -113,8 +113,8 @@ def test_a_run_resumes_repeats_and_merges(kind: str, run_sft: Run, problems: Pro
 
     run_sft('--resume_from_checkpoint', str(whole / 'checkpoint-3'), expect=2)
     assert problems() == [
-        f'--{name} false: the adapter in {whole / "checkpoint-3"} has {name} true. Use --{name} true, or remove '
-        '--resume_from_checkpoint to start a new run.'
+        f'--{name} false: the adapter in {whole / "checkpoint-3"} was trained with --{name} true. Use --{name} true, '
+        'or remove --resume_from_checkpoint to start a new run.'
         for name in KINDS[kind]
     ]
 

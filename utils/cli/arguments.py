@@ -412,9 +412,9 @@ class InferArguments(CommonArguments):
         return not (self.eval_human or self.merge_lora_and_save or self.export_native or self.gguf is not None)
 
     def datasets_read(self) -> tuple[list[str], list[str]]:
-        """Return the values of --dataset and the values of --val_dataset, without those whose rows are not read.
+        """Return two lists: the values of --dataset and the values of --val_dataset. One of them is always empty.
 
-        If --val_dataset is given, the program answers only rows of --val_dataset. So the first list is empty then.
+        If --val_dataset is given, --dataset is not read, so the list for --dataset is empty.
         """
         return ([], self.val_dataset) if self.val_dataset else (self.dataset, [])
 

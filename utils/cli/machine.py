@@ -276,8 +276,8 @@ def check_environment(environment: Mapping[str, str], problems: Problems) -> Non
             secret.encode()
         except UnicodeEncodeError:
             problems.add(
-                f'the value of {variable} is not UTF-8, so a leak of this secret into the run folder cannot be found. '
-                'Set the variable to UTF-8 text, or unset it.'
+                f'the value of {variable} is not UTF-8. After training, the run folder is searched for secrets of the '
+                'environment, and this search needs UTF-8. Set the variable to UTF-8 text, or unset it.'
             )
 
 

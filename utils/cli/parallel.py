@@ -94,14 +94,15 @@ def check_processes(done: Resolution[SftArguments]) -> None:
             f'--nproc_per_node {gpus} or less.'
         )
     elif gpus // processes > 1:
-        each = f'each of {processes} processes has {gpus // processes} of the {gpus} GPUs'
-        remedy = f'Use --nproc_per_node {gpus}, or list fewer GPUs in CUDA_VISIBLE_DEVICES.'
+        flag = None
         if sharded and dist.started_by_torchrun():
-            problems.add(f'{sharded} needs one GPU per process, and {each}. {remedy}')
+            flag = sharded
         elif args.quantization_bit and processes > 1:
+            flag = f'--quantization_bit {args.quantization_bit}'
+        if flag is not None:
             problems.add(
-                f'--quantization_bit {args.quantization_bit} with several processes needs one GPU per process, and '
-                f'{each}. {remedy}'
+                f'{flag} needs one GPU per process, but {gpus} GPUs are visible and {processes} processes were '
+                f'started. Use --nproc_per_node {gpus}, or list fewer GPUs in CUDA_VISIBLE_DEVICES.'
             )
 
     if gpus and args.quantization_bit and args.ddp_backend == 'gloo' and dist.world_size() > 1:

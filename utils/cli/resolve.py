@@ -173,7 +173,10 @@ def _resolve_streaming(done: Resolution[SftArguments]) -> None:
 
 
 def _resolve_clean_copy(done: Resolution[SftArguments]) -> None:
-    """Check --write_clean. With it, --train_dataset_sample is -1 (all rows) unless it was typed."""
+    """Add a problem for each flag that does not fit --write_clean.
+
+    --write_clean copies all rows. So it sets --train_dataset_sample to -1 (all rows), unless this flag was typed.
+    """
     args = done.args
     problems = done.problems
     if args.write_clean is None:

@@ -54,8 +54,9 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
 
     if args.export_native and (args.ckpt_dir is not None or args.output_dir is None or args.quantization_bit):
         problems.add(
-            '--export_native true needs --output_dir and an untuned model without --quantization_bit. Name the model '
-            'with --model_type or --model_id_or_path. For a checkpoint use --merge_lora_and_save true.'
+            '--export_native true needs --output_dir, and cannot be used with --ckpt_dir or --quantization_bit. Give '
+            '--output_dir, and name the model with --model_type or --model_id_or_path. To export a checkpoint, use '
+            '--merge_lora_and_save true instead.'
         )
     elif not args.export_native:
         done.without_effect(('output_dir',), 'it is for --export_native true')
@@ -142,8 +143,8 @@ def _resolve_answered(done: Resolution[InferArguments]) -> None:
         for source in sources:
             if source.share is not None:
                 done.problems.add(
-                    f"--dataset '{source.name}': a share (%) is for training, and here all rows are answered. Write "
-                    f'{source.name}, or {source.name}#100 for 100 rows.'
+                    f"--dataset '{source.name}': a share (the number after %) can be used only in training. Write "
+                    f'{source.name} to answer all rows, or {source.name}#100 to answer 100 rows.'
                 )
     if 'show_dataset_sample' in done.typed:
         return

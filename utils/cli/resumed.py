@@ -67,27 +67,28 @@ def check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> No
 
 
 def _check_resumed_adapter(checkpoint: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem if the rank, use_dora or use_rslora of the adapter in the checkpoint differs from the flags.
+    """Add a problem if --lora_rank, --use_dora or --use_rslora does not fit the adapter in the checkpoint.
 
     The target modules are compared later, when the model is open.
     """
     config = read_json(checkpoint / ADAPTER_CONFIG, remedy=_GIVE_CHECKPOINT)
     found = {
-        'lora_rank': (config.get('r'), 'rank'),
-        'use_dora': (config.get('use_dora', False), 'use_dora'),
-        'use_rslora': (config.get('use_rslora', False), 'use_rslora'),
+        'lora_rank': config.get('r'),
+        'use_dora': config.get('use_dora', False),
+        'use_rslora': config.get('use_rslora', False),
     }
-    for name, (has, what) in found.items():
-        value = getattr(args, name)
-        if has != value:
+    for name, value in found.items():
+        present = getattr(args, name)
+        if value != present:
+            trained_with = f'--{name} {str(value).lower()}'
             problems.add(
-                f'--{name} {str(value).lower()}: the adapter in {checkpoint} has {what} {str(has).lower()}. '
-                f'Use --{name} {str(has).lower()}, or remove --resume_from_checkpoint to start a new run.'
+                f'--{name} {str(present).lower()}: the adapter in {checkpoint} was trained with {trained_with}. Use '
+                f'{trained_with}, or remove --resume_from_checkpoint to start a new run.'
             )
 
 
 def _check_resumed_shards(checkpoint: Path, problems: Problems) -> None:
-    """Add a problem if the number of processes in a checkpoint's DeepSpeed state differs from that of this run."""
+    """Add a problem if the checkpoint has no DeepSpeed state, or one of a different number of processes."""
     shards = len(list(checkpoint.glob('global_step*/*optim_states.pt')))
     given = f'--resume_from_checkpoint {checkpoint}'
     if shards == 0:

@@ -67,13 +67,13 @@ def write_gguf(
     run_dir: Path,
     device: Any,
 ) -> str:
-    """Write the model in `folder` as a GGUF file and a Modelfile, and return a text that says what was compared.
+    """Write the model in `folder` as a GGUF file, and a Modelfile for Ollama. Returns a text for the log.
 
-    The model in the file and the model in `folder` get the same prompts, on `device`. The prompts are taken from the
-    report of the run. If the report has none, one fixed prompt is used. Raises ConfigError if the converter fails, or
-    if the two models differ.
+    The text has the result of a check: on `device`, the model in the GGUF file and the model in `folder` answer the
+    same prompts. The prompts are taken from the report of the run in `run_dir`. If the report has none, one fixed
+    prompt is used. Raises ConfigError if the converter fails, or if the two models differ.
 
-    Without a llama.cpp checkout, only the Modelfile is written. The returned text then has the commands that get
+    If `target` has no llama.cpp checkout, only the Modelfile is written. The text then has the commands that get
     llama.cpp and write the GGUF file.
     """
     rows = [row for row in user_rows(run_dir) if not row.is_text]
@@ -236,9 +236,9 @@ def _dtype(folder: Path) -> torch.dtype:
 
 
 def _prompts(encoder: Encoder, rows: Sequence[Row]) -> list[list[int]]:
-    """Return the token ids of the prompts of the first rows without images, at most _ANSWERS prompts.
+    """Return the token ids of up to _ANSWERS prompts. They are taken from the first rows without images.
 
-    If there is no such row, one prompt is returned: that of a test conversation, or a fixed text.
+    If no row can be used, one prompt is returned: the prompt of a test conversation, or a fixed text.
     """
     chosen = [row for row in rows if not row.images][:_ANSWERS]
     if not chosen and not isinstance(encoder, TextEncoder):
@@ -277,10 +277,11 @@ def _write_modelfile(
     rows: Sequence[Row],
     header: GgufHeader | None,
 ) -> str:
-    """Write the Modelfile beside the GGUF file, and return a sentence that says what was compared.
+    """Write a Modelfile (for Ollama) beside the GGUF file `gguf`. Returns a sentence for the log.
 
-    `header` is the header of the file, or None if there is no file yet. An earlier Modelfile with another text is kept
-    under another name.
+    The sentence says for how many conversations the Modelfile gives the same prompt as the chat template. The
+    conversations are `rows` and fixed test conversations. `header` is the header of the GGUF file, or None if this file
+    does not exist yet. If a Modelfile with a different text exists, it is renamed to <name>.old.
     """
     note = ''
     system = encoder.system
@@ -288,7 +289,8 @@ def _write_modelfile(
     try:
         turns, sentence = _ollama_turns(folder, encoder, rows, header)
         if system and (turns.before_system is None or not fits_modelfile(system)):
-            turns, system = _with_system(turns, system), None
+            # The SYSTEM line cannot hold this message, so TEMPLATE prints it.
+            turns, system = _with_default_system(turns, system), None
         template = turns.go_template()
     except NotExpressible as error:
         sentence = f'its Modelfile has no TEMPLATE: {error}. Use llama-server --jinja, which runs the chat template'
@@ -317,9 +319,10 @@ def _write_modelfile(
 
 
 def _ollama_turns(folder: Path, encoder: Encoder, rows: Sequence[Row], header: GgufHeader | None) -> tuple[Turns, str]:
-    """Return the texts for a TEMPLATE of Ollama, and a sentence about its comparison with the chat template.
+    """Return the texts for TEMPLATE in a Modelfile (for Ollama), and a sentence for the log.
 
-    Raises NotExpressible if the chat template cannot be written as a TEMPLATE of Ollama.
+    The sentence says for how many conversations TEMPLATE gives the same prompt as the chat template. The conversations
+    are `rows` and fixed test conversations. Raises NotExpressible if TEMPLATE cannot express the chat template.
     """
     tokenizer = load_tokenizer(folder)
     if isinstance(encoder, TextEncoder):
@@ -356,10 +359,10 @@ def _adds_bos(tokenizer: Any, header: GgufHeader | None) -> bool:
     return bool(header.metadata.get('tokenizer.ggml.add_bos_token', model_adds))
 
 
-def _with_system(turns: Turns, system: str) -> Turns:
-    """Return `turns` with the system message written into `opening`.
+def _with_default_system(turns: Turns, system: str) -> Turns:
+    """Return a copy of `turns` that prints `system` in each prompt without a system message of its own.
 
-    This is used if the SYSTEM command of a Modelfile cannot contain the text of the message.
+    If the chat template has no place for a system message, returns `turns` unchanged.
     """
     if turns.before_system is None:
         return turns

@@ -136,15 +136,13 @@ def _between(render: Render, chat: Sequence[Mapping[str, str]]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """Counts of conversations, by the result of comparing a template of Ollama with the chat template.
+    """Numbers of conversations, by the result of comparing the prompt of Ollama with that of the chat template."""
 
-    equal: both templates give the same text. stripped: the same, except that the chat template removes blanks at the
-    ends of messages. unlike: not compared, because a template of Ollama cannot print the tools, the reasoning or the
-    order of messages of the conversation.
-    """
-
+    # Both templates give the same text.
     equal: int
+    # Both give the same text, except that the chat template removes blanks at the ends of messages.
     stripped: int
+    # Not compared: Ollama cannot print the tools, the reasoning or the order of messages, or the template refuses them.
     unlike: int
 
     def sentence(self) -> str:
@@ -158,9 +156,10 @@ class Compared:
 
 
 def compare_turns(turns: Turns, render: Render, rows: Sequence[Row]) -> Compared:
-    """For each row, compare the prompt that `turns` gives with the prompt of the chat template, and return the counts.
+    """Compare two prompts for each row: from `turns`, and from the chat template (`render`). Returns the counts.
 
-    Raises NotExpressible if the prompts of a plain conversation (see `_is_plain`) differ.
+    Rows that Ollama cannot express, such as rows with tools, are counted but not compared. Raises NotExpressible if the
+    two prompts of a compared row differ.
     """
     counts = {'equal': 0, 'stripped': 0, 'unlike': 0}
     for row in rows:
@@ -170,10 +169,11 @@ def compare_turns(turns: Turns, render: Render, rows: Sequence[Row]) -> Compared
 
 
 def _judge(turns: Turns, render: Render, row: Row, messages: Sequence[Mapping[str, str]]) -> str:
-    """Compare the prompt of `turns` with the prompt of the chat template for a row.
+    """Compare two prompts for `messages`: from `turns`, and from the chat template (`render`).
 
-    Returns the name of the field of `Compared` that counts the row. Raises NotExpressible if the prompts of a plain
-    conversation (see `_is_plain`) differ.
+    Returns 'equal' if both are the same text. Returns 'stripped' if they are the same except that the chat template
+    removes blanks at the ends of messages. Returns 'unlike', without a comparison, if Ollama cannot express the row, or
+    if the chat template refuses it. Raises NotExpressible if the prompts differ in another way.
     """
     if not _is_plain(row, has_system=turns.before_system is not None):
         return 'unlike'
@@ -191,10 +191,10 @@ def _judge(turns: Turns, render: Render, row: Row, messages: Sequence[Mapping[st
 
 
 def _is_plain(row: Row, *, has_system: bool) -> bool:
-    """Return whether a template of Ollama can express a conversation.
+    """Return whether a template of Ollama can express the conversation in a row.
 
-    In such a conversation, questions and replies alternate. With `has_system`, the first message can be a system
-    message. Tools, images, reasoning and other keys are not possible.
+    Questions and replies must alternate, without tools, images, reasoning or other keys. If `has_system` is True, the
+    first message can be a system message.
     """
     messages = row.messages[:-1]
     roles = [message['role'] for message in messages]
@@ -234,7 +234,10 @@ def modelfile(
 
 
 def fits_modelfile(text: str) -> bool:
-    """Return whether a text can stand between three quotes in a Modelfile, which has no escape for quotes."""
+    """Return whether a Modelfile can contain the text as a string in triple double quotes.
+
+    A Modelfile has no escape for quotes. So the text must not contain triple quotes, and must not end with a quote.
+    """
     return _QUOTES not in text and not text.endswith('"')
 
 

@@ -110,9 +110,9 @@ class Snapshot:
     def to_fetch(self, names: Sequence[str]) -> list[str]:
         """Return the names of the files that `fetch` would request from the hub.
 
-        Returns all `names` if a file has changed on the hub, or if one of `names` was never verified. The Python
-        package of the hub then verifies all of them. In any other case, and always if the hub cannot be reached,
-        returns only the files that are missing or have a wrong size.
+        Usually these are the files that are missing on this machine or have a wrong size. If a file has changed on the
+        hub, or if one of `names` was never verified, all `names` are requested. Then the Python package of the hub
+        verifies them. If the hub cannot be reached, only missing files and files of a wrong size are returned.
         """
         recorded, verified = _read_record(_record_file(self.repo, self.kind))
         if self.online and not (recorded.files == self.files and verified >= set(names)):

@@ -60,10 +60,11 @@ def _stop_ids(config: GenerationConfig | None) -> list[int]:
 def served_config(
     base: GenerationConfig, config: GenerationConfig, args: CommonArguments, typed: Collection[str]
 ) -> GenerationConfig:
-    """Return the generation settings for a merged model folder.
+    """Return the generation settings to store in a merged model folder.
 
-    They are a copy of `base`, the settings of the base model, with the stop, padding and bos tokens of `config`. A
-    flag replaces its setting in `base` if the flag is in `typed`, or if its value in `args` is not the default.
+    They are the settings of the base model (`base`), but the stop, padding and bos tokens come from `config`. A
+    generation flag that was typed, for example --temperature, replaces the setting of the base model. So does a flag
+    whose value in `args` is not the default. `typed` has the names of the typed flags.
     """
     served = copy.deepcopy(base)
     served.eos_token_id = config.eos_token_id
@@ -271,9 +272,10 @@ class _TextStream:
         self._has_prompt = False
 
     def put(self, value: Any) -> None:
-        """Receive new ids from generate(). Call `say` with the new text that later ids cannot change.
+        """Receive new ids from generate(), and call `say` with their text.
 
-        The first call is ignored, because its ids are those of the prompt.
+        Text that later ids can still change is kept until a later call. The first call is ignored, because it
+        brings the ids of the prompt.
         """
         if self._has_prompt:
             self.ids += value.reshape(-1).tolist()

@@ -113,7 +113,7 @@ def equal_json(answers: Sequence[str], labels: Sequence[str]) -> ByRow:
 
 
 def _parsed(text: str) -> tuple[Any, ...] | None:
-    """Return `_comparable` of the value of a JSON text. Returns None if the text is not JSON."""
+    """Return the value of a JSON text, converted by `_comparable`. Returns None if the text is not JSON."""
     try:
         return _comparable(json.loads(text, parse_constant=_refuse_constant))
     except (ValueError, RecursionError):

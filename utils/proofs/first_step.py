@@ -47,7 +47,11 @@ T = TypeVar('T')
 
 
 class FirstStepGate(TrainerCallback):
-    """Tries steps, an evaluation and a checkpoint before the training, so that a lack of memory or disk shows early."""
+    """Tries steps, an evaluation and a checkpoint before the training, so that a lack of memory or disk shows early.
+
+    The heaviest batch is the micro-batch that needs the most memory. On CUDA, several micro-batches of a step are
+    joined into one larger batch if this batch fits into memory, because one large batch is faster.
+    """
 
     def __init__(self, trainer: SftTrainer, *, resumed_from: str | None) -> None:
         self.trainer = trainer
@@ -163,10 +167,10 @@ class FirstStepGate(TrainerCallback):
         return None
 
     def _join_more(self) -> None:
-        """On CUDA, set the number of tokens up to which the micro-batches of a step are joined.
+        """Set the maximum number of tokens of a batch that is joined from several micro-batches.
 
-        The numbers in _JOINED are tried one after the other, until the memory is sufficient. A resumed run tries only
-        the number in its checkpoint.
+        The numbers in _JOINED are tried, the largest first, until a batch fits into memory. If the run is resumed, only
+        the number that it used before is tried.
         """
         trainer = self.trainer
         order = trainer.order
@@ -186,10 +190,9 @@ class FirstStepGate(TrainerCallback):
                 trainer.checkpoints.run.decide('joined_tokens', trainer.capacity, reason)
 
     def _join_again(self, tokens: int, heaviest_tokens: int) -> None:
-        """Try to join micro-batches up to `tokens` tokens, as the resumed run did.
+        """Try a batch of up to `tokens` tokens, the maximum that this run used before it was resumed.
 
-        If the memory is not sufficient, micro-batches are joined only up to `heaviest_tokens` tokens, the number of
-        tokens of the heaviest batch.
+        If the batch does not fit into memory, the maximum becomes `heaviest_tokens`, which is known to fit.
         """
         if tokens <= heaviest_tokens or self._try_joined(tokens, heaviest_tokens)[1] is None:
             return
@@ -201,13 +204,12 @@ class FirstStepGate(TrainerCallback):
         )
 
     def _try_joined(self, tokens: int, heaviest_tokens: int) -> tuple[int, str | None]:
-        """Try a joined batch of at most `tokens` tokens that needs as much memory as possible.
+        """Try the longest rows as one batch of at most `tokens` tokens. Every token carries loss.
 
-        The joined batch has the longest rows, and every token carries loss. Returns (the number of its tokens, the
-        memory error or None).
+        Returns (number of tokens of the batch, memory error or None).
 
-        `heaviest_tokens` is the number of tokens of a batch that is known to fit into memory. If the joined batch would
-        not have more tokens, it is not tried, and (`heaviest_tokens`, None) is returned.
+        Batches of `heaviest_tokens` tokens are known to fit into memory. If the batch would not be larger, nothing is
+        tried, and (`heaviest_tokens`, None) is returned.
         """
         trainer = self.trainer
         assert trainer.order is not None, 'checked by the caller'
@@ -218,7 +220,7 @@ class FirstStepGate(TrainerCallback):
         if tried <= heaviest_tokens:
             return heaviest_tokens, None
 
-        rows = [_trained_whole(row) for row in trainer.train_dataset.heaviest(count)[0]]
+        rows = [_with_loss_on_all(row) for row in trainer.train_dataset.heaviest(count)[0]]
         failure = self._forward_backward(rows, exchanges=False)
         trainer.model_wrapped.zero_grad()
         if failure is not None:
@@ -360,14 +362,14 @@ class FirstStepGate(TrainerCallback):
 
 
 def joins_more() -> bool:
-    """Return whether joined batches with more tokens than the heaviest batch are tried. They are tried only on CUDA."""
+    """Return whether several micro-batches can be joined into one larger batch. This is done only on CUDA."""
     return device.kind() == 'cuda'
 
 
-def _trained_whole(item: dict[str, Any]) -> dict[str, Any]:
-    """Return a row or a pack with loss on every token."""
+def _with_loss_on_all(item: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of `item` (a row, or a pack of several rows) in which every token carries loss."""
     if 'rows' in item:
-        return {**item, 'rows': [_trained_whole(row) for row in item['rows']]}
+        return {**item, 'rows': [_with_loss_on_all(row) for row in item['rows']]}
     return {**item, 'earlier': [], 'trained': (0, len(item['input_ids']))}
 
 
@@ -384,7 +386,7 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def _forget(optimizer: Any) -> None:
-    """Reset the state of an optimizer to that before the first step.
+    """Reset the state of an optimizer, as if it had done no step.
 
     bitsandbytes never releases the memory of a paged optimizer, and a new state would take the same amount again. So
     the state of a paged optimizer is kept and set to zero, except the constant tables `qmap`.

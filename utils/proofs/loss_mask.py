@@ -50,7 +50,7 @@ def prove_mask(
 
 
 def _sentence(checked: int, summary: dict[str, Any]) -> str:
-    """Return the sentence that proofs.json and the log show if the check passed."""
+    """Return a sentence with the results of a passed check, for proofs.json and the log."""
     share = 'the rows of a stream are not counted before training'
     if train := summary.get('train'):
         share = f'{train["rows"]} rows train {100 * train["trained_share"]:.4g} % of {train["tokens"]} tokens'

@@ -149,8 +149,8 @@ def trained_positions(row: dict[str, Any]) -> list[int]:
 def choose_rows(rows: Sequence[dict[str, Any]]) -> Items:
     """Return a few rows of different lengths for the comparison.
 
-    Rows without images are preferred. They are cut to their last _MAX_TOKENS tokens. A row is left out if none of these
-    tokens carries loss. If no such row remains, a few rows with images are returned uncut.
+    Rows without images are cut to their last _MAX_TOKENS tokens, and skipped if none of these tokens carries loss. If
+    all rows without images are skipped, a few rows with images are returned uncut.
     """
     shortened = [_shortened(row) for row in rows if not row.get('images')]
     found = [row for row in shortened if row] or [row for row in rows if row.get('images')]

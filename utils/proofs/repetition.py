@@ -30,7 +30,10 @@ Key = tuple[int, bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The first value that differs from that of the run in --from_run. `what` is its name in the message."""
+    """The first value that differs between this run and the run in --from_run.
+
+    `what` is the name of the value in messages. `now` is the value in this run, and `then` in the run in --from_run.
+    """
 
     step: int
     what: str

@@ -226,7 +226,7 @@ class _Check:
         control = {*self.encoder.text.control_ids.values(), self.encoder.tokenizer.eos_token_id}
         faults = []
         if ids[: len(self.prompt)] != self.prompt:
-            where = self.context(_one_token_per_image(self.prompt, self.encoder.images), 'the prompt')
+            where = self.first_difference(_one_token_per_image(self.prompt, self.encoder.images), 'the prompt')
             faults.append(f'the prompt of inference is not the beginning of the trained row: {where}')
         if ids[end - 1] not in control and control & set(ids[end:]):
             dropped = next(token for token in ids[end:] if token in control)
@@ -257,9 +257,9 @@ class _Check:
         return 'explained' if notes & _EXPLAINS and self._is_explained(notes) else 'different'
 
     def _is_explained(self, notes: set[str]) -> bool:
-        """Return whether the notes of the row explain its whole difference from the text of the chat template.
+        """Return whether `notes` explain every difference between the row and the text of the chat template.
 
-        A note says what the encoder changed in the row. It explains only the kind of difference that it describes.
+        Each note names a change that the encoder made in the row. It explains only differences of this kind.
         """
         inert = CONTROL_TOKENS in notes
         full = _rendering(self.encoder, self.row, inert=inert)
@@ -271,21 +271,21 @@ class _Check:
             # With these notes, the texts must be equal: only the boundaries between tokens may differ.
             return ours == full and self._decodes_to(ours, notes)
 
-        if not ours.startswith(prompt) or not self._is_printed_last(ours[len(prompt) :], full, notes):
+        if not ours.startswith(prompt) or not self._ends_with_reply(full, ours[len(prompt) :], notes):
             return False
         return self._has_whole_reply(ours, full) and self._decodes_to(ours, notes)
 
-    def _is_printed_last(self, follows: str, full: str, notes: set[str]) -> bool:
-        """Return whether `full` ends with `follows`. Think blocks and whitespace are ignored.
+    def _ends_with_reply(self, full: str, reply: str, notes: set[str]) -> bool:
+        """Return whether `full`, the text that the chat template prints for the row, ends with `reply`.
 
-        `follows` is the text of the encoder after the prompt. `full` is the chat as the chat template renders it. If
-        the encoder added an end of turn, `full` may end with more text that the template prints after every reply.
+        `reply` is the encoder's text after the prompt. Think blocks and whitespace are ignored. If the encoder added an
+        end of turn to the reply, text that the template prints after every reply is ignored too.
         """
-        # If a template prints a closed think block after every chat, `follows` may have no text outside of the block.
-        plain = _without_blocks if _without_blocks(follows) else _bare
-        before, reply, after = plain(full).rpartition(plain(follows))
+        # If a template prints a closed think block after every chat, `reply` may have no text outside of the block.
+        plain = _without_blocks if _without_blocks(reply) else _bare
+        before, found, after = plain(full).rpartition(plain(reply))
         is_last = not after or (ADDED_END in notes and plain(self._printed_after_reply(notes)).endswith(after))
-        return bool(before or reply) and is_last
+        return bool(before or found) and is_last
 
     def _printed_after_reply(self, notes: set[str]) -> str:
         """Return the text that the template prints after the last message."""
@@ -322,10 +322,11 @@ class _Check:
         ids = self.encoded.input_ids[:-1] if ADDED_END in notes else self.encoded.input_ids
         return _bare(self.encoder.tokenizer.decode(ids)) == _bare(text)
 
-    def context(self, other: list[int], name: str) -> str:
-        """Return a text that shows where the ids of the row first differ from `other`: both tokens and the text before.
+    def first_difference(self, other: list[int], name: str) -> str:
+        """Return a text that shows the first token at which `self.ours` and the ids `other` differ.
 
-        `name` is the name of `other` in this text, for example 'the chat template'.
+        `name` says what `other` is. Example with the name 'the prompt': "token 7, after 'Hello ', is 'you' (366), the
+        prompt has 'me' (478)".
         """
         ours = self.ours
         decode = self.encoder.tokenizer.decode
@@ -343,10 +344,10 @@ class _Check:
 
 
 def _check_text(encoder: Encoder, row: Row) -> None:
-    """Raise ConfigError if a plain-text row has other ids than the tokenizer gives, or if a token carries no loss.
+    """Raise ConfigError if the ids of a plain-text row are wrong, or if a token of the row carries no loss.
 
-    Rows with control tokens are compared as text, because the encoder encodes control tokens as plain text and the
-    tokenizer does not. The ids of such a row must decode to its text.
+    The ids must be those that the tokenizer gives for the text, followed by the end-of-sequence token. If the text
+    contains control tokens, it is sufficient that the ids decode to the text.
     """
     unlimited = copy.copy(encoder)
     unlimited.max_length = -1
@@ -359,6 +360,7 @@ def _check_text(encoder: Encoder, row: Row) -> None:
 
     is_equal = ours == theirs
     if CONTROL_TOKENS in encoded.notes:
+        # The encoder encodes the name of a control token as plain text, but the tokenizer as one id.
         is_equal = _bare(tokenizer.decode(ours[len(unlimited.beginning) : -1])) == _bare(written)
     if not is_equal or encoded.trained != (0, len(ours)):
         raise ConfigError(
@@ -368,11 +370,13 @@ def _check_text(encoder: Encoder, row: Row) -> None:
 
 
 def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None:
-    """Check the rows and the probes, and write the outcome to proofs.json.
+    """Compare encoded rows with the result of the tokenizer's chat template. Writes the outcome to proofs.json.
 
-    Raises ConfigError if the run would train a wrong text. A registered template that the user chose may differ from
-    the tokenizer's chat template: this is no error, and the outcome has the first difference. Rows with images are
-    compared with the chat template only if --template_type is auto. In this comparison each image counts as one token.
+    Fixed test conversations (see `probes`) are compared too.
+
+    With --template_type auto, raises ConfigError if an unexplained difference is found. With any other --template_type,
+    the template may differ from the chat template: the first difference is only recorded, and rows with images are not
+    compared. With any template, raises ConfigError if a prompt or the loss of a row is wrong.
     """
     started = time.perf_counter()
     has_own = bool(encoder.tokenizer.chat_template)
@@ -408,10 +412,13 @@ def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None
 
 
 def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str | None]:
-    """Return the verdict on a row, and a text that describes its difference, or None if there is nothing to report.
+    """Compare one encoded row with the tokenizer's chat template. Returns (verdict, text for the user or None).
 
-    `has_own` says whether the tokenizer has a chat template. Raises ConfigError if the row has a fault. With
-    --template_type auto, also raises ConfigError if the verdict is 'different'.
+    The text shows the first difference between the row and the chat template. It is None if no difference is to be
+    shown. If `has_own` is False, the tokenizer has no chat template, and the verdict is 'alone'.
+
+    Raises ConfigError if a prompt or the loss of the row is wrong. With --template_type auto, also raises ConfigError
+    instead of returning the verdict 'different'.
     """
     from jinja2.exceptions import TemplateError
 
@@ -442,7 +449,7 @@ def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str |
     if verdict != 'different':
         return verdict, None
 
-    where = check.context(check.theirs, 'the chat template')
+    where = check.first_difference(check.theirs, 'the chat template')
     if encoder.name == AUTO:
         raise ConfigError(
             f"{row.origin}: template auto: the ids differ from those of the tokenizer's chat template, and no known "
@@ -453,7 +460,11 @@ def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str |
 
 
 def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, first: str | None) -> str:
-    """Return the sentence that proofs.json and the log show if the check passed."""
+    """Return a sentence with the results of a passed check, for proofs.json and the log.
+
+    `name` is the name of the template. `rows` is the number of compared rows of the user. All other conversations in
+    `counts` are probes. `first` describes the first difference from the chat template, or is None.
+    """
     tried = sum(counts.values())
     what = f'{tried} conversations ({rows} of your rows, {tried - rows} probes)'
     refused = f', {counts["refused"]} cannot be rendered in it' if counts['refused'] else ''

@@ -32,16 +32,19 @@ _EVAL_BATCHES = 3
 
 
 def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[str], *, started: float) -> None:
-    """With --max_minutes, make the trainer end the run within this time.
+    """Make the trainer end the run within --max_minutes. Does nothing without this flag.
 
-    `started` is the time when the program started, as time.time returns it. With --from_run, the run takes as many
-    steps as the run that it repeats. The number of steps is chosen anew only if the user typed --max_minutes,
-    --max_steps or --num_train_epochs. With --verify true, it is never chosen anew.
+    The number of steps is chosen from measured times, unless the run repeats an earlier run (--from_run). Then it does
+    the same number of steps as the earlier run. But if the user typed --max_minutes, --max_steps or --num_train_epochs
+    together with --from_run, the number is chosen from measured times again.
+
+    `typed_now` has the names of the flags that the user typed. `started` is the time when the program started, as
+    time.time returns it.
     """
     if args.max_minutes is None:
         return
     repeated = None
-    # With --verify true, --max_steps is the number of steps to verify.
+    # With --verify true, --max_steps is the number of steps to verify, and not the length of the run.
     if args.from_run is not None and (args.verify or not _DECIDE_STEPS & set(typed_now)):
         repeated = read_lock(Path(args.from_run)).get('timetable')
     trainer.deadline.set(args.max_minutes, started=started, repeated=repeated)

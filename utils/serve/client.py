@@ -152,7 +152,8 @@ class Server:
     def complete(self, prompt: str | Sequence[int], *, max_tokens: int) -> Reply:
         """Return the greedy continuation of a prompt, which is text or token ids. The server applies no template.
 
-        Raises Refused and ConfigError under the same conditions as `ask`.
+        Raises Refused if the server answers with an HTTP error. Raises ConfigError if the server does not answer, or
+        if its answer does not have the form of the OpenAI API.
         """
         path = '/v1/completions'
         body = {**self._named(), 'prompt': prompt, 'max_tokens': max_tokens, 'temperature': 0}

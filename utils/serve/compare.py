@@ -54,18 +54,19 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How an answer of the server agrees with an answer of a model on this machine.
+    """The result of comparing an answer of the server with an answer of a model on this machine.
 
-    `at` is the number of the first different token, counted from 1. `model_rest` and `server_rest` are the two answers
-    from this token on. `gap` is the log probability of the model's most likely token minus that of the server's token.
-    `gap` is None if the server's token is not among the model's likely tokens. `kind` is 'rounding' if `gap` is so
-    small that rounding explains it.
+    `kind` is 'rounding' if the answers differ, but only because two tokens are almost equally likely.
     """
 
     kind: Literal['equal', 'rounding', 'different']
+    # The number of the first different token, counted from 1.
     at: int = 0
+    # The two answers from the first different token on.
     model_rest: str = ''
     server_rest: str = ''
+    # The log probability of the model's most likely token minus the log probability of the server's token. None if the
+    # server's token is not among the model's likely tokens.
     gap: float | None = None
 
     @property
@@ -76,26 +77,25 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """The comparison of one row. `answer` is the answer of the run. `base_answer` is that of the run's base model.
+    """The comparison of the server's answer to one row with the answer of the run's model.
 
-    `agreement` compares the server's answer with `answer`. `base_agreement` compares it with `base_answer`. Both are
-    None if the server removed tool calls from its answer. `base_agreement` is also None if `agreement` is 'equal'.
-    Without an adapter, `base_answer` and `base_agreement` are None.
-
-    The server lists candidates for the first token of the answer. Each candidate has a log probability on the server
-    and another one in the run. `first` is the largest difference of these two. It is None if no candidate is likely in
-    the run. `first_base` compares server and base model in the same way. It is None without an adapter.
-
-    `stops` is 'early' if the server's answer is only the beginning of the run's answer, 'late' if it goes on after the
-    end of the run's answer, and otherwise None.
+    If the run has an adapter, the server's answer is also compared with the answer of the base model. Otherwise all
+    fields with `base` in their names are None.
     """
 
     asked: Asked
+    # The answer of the run's model.
     answer: Expected
     base_answer: Expected | None
+    # How the server's answer agrees with `answer`. None if the server removed tool calls from its answer.
     agreement: Agreement | None
+    # How the server's answer agrees with `base_answer`. Also None if `agreement` is None, or if it is 'equal'.
     base_agreement: Agreement | None
+    # 'early' if the server's answer is only the beginning of `answer`, 'late' if it goes on after its end, else None.
     stops: Literal['early', 'late'] | None
+    # The server lists log probabilities of candidates for the first token. This is their largest difference from the
+    # log probabilities in the run's model (`first`) and in the base model (`first_base`). Only candidates that are
+    # likely in the model count. None if there is no such candidate.
     first: float | None
     first_base: float | None
 
@@ -162,10 +162,10 @@ class Checked:
 
 
 def check_row(asked: Asked, answer: Expected, base_answer: Expected | None, *, rounding: float) -> Checked:
-    """Return the comparison of one row. `answer` is the answer of the run.
+    """Compare the server's answer to one row with `answer`, the answer of the run's model.
 
-    `base_answer` is the answer of the base model. It is None without an adapter. `rounding` is the largest difference
-    of two log probabilities that still counts as rounding.
+    `base_answer` is the answer of the base model, or None if the run has no adapter. `rounding` is the largest
+    difference of two log probabilities that still counts as rounding.
     """
     question, reply = asked.question, asked.reply
     own = agree(question, reply, answer, rounding=rounding)
@@ -179,17 +179,17 @@ def check_row(asked: Asked, answer: Expected, base_answer: Expected | None, *, r
         agreement=own,
         base_agreement=base,
         stops=_stops(reply, answer, own),
-        first=_first_difference(reply.first, answer.model, question),
-        first_base=None if base_answer is None else _first_difference(reply.first, base_answer.model, question),
+        first=_first_token_difference(reply.first, answer.model, question),
+        first_base=(None if base_answer is None else _first_token_difference(reply.first, base_answer.model, question)),
     )
 
 
 def agree(question: Question, reply: Reply, expected: Expected, *, rounding: float) -> Agreement | None:
-    """Return how the answer of the server agrees with an answer of a model.
+    """Compare `reply`, the answer of the server, with `expected`, the answer of a model. Returns the agreement.
 
-    White space at the ends of the model's answer may be missing in the server's answer. The server's answer may begin
-    with a blank that decoding removed from the model's answer. Returns None if the server removed tool calls from its
-    answer. `rounding` is the largest difference of two log probabilities that still counts as rounding.
+    White space at the ends of an answer is not counted as a difference if the server or the decoding removed it.
+    Returns None if the server removed tool calls from its answer. `rounding` is the largest difference of two log
+    probabilities that still counts as rounding.
     """
     if reply.has_calls:
         return None
@@ -226,11 +226,11 @@ def _common(expected: Expected, served: str) -> int:
 
 
 def _gap(after: Next, rest: str, *, is_cut: bool) -> float | None:
-    """Return the log probability of the model's most likely token minus that of the server's token.
+    """Return the model's log probability of its likeliest token minus its log probability of the server's token.
 
-    The server's token is the first token of `rest`, the rest of the server's answer. If `rest` is empty, the server's
-    token is the end of turn. `is_cut` says whether the answer ended at the maximum number of tokens. Returns None if
-    `is_cut` is True, or if the server's token is not among the likely tokens of the model.
+    `after` is the model's prediction. The server's token is the first token of `rest`, or the end of turn if `rest` is
+    empty. Returns None if the server's token is not among the likely tokens in `after`. Also returns None if `is_cut`
+    is True, which means that the answer ended at the maximum number of tokens.
     """
     chosen = None if is_cut else after.log_probability(rest)
     if chosen is None:
@@ -239,10 +239,10 @@ def _gap(after: Next, rest: str, *, is_cut: bool) -> float | None:
 
 
 def _stops(reply: Reply, answer: Expected, agreement: Agreement | None) -> Literal['early', 'late'] | None:
-    """Return whether the server's answer is too short or too long.
+    """Return 'early' if the server's answer is too short, and 'late' if it is too long.
 
-    Returns 'early' if the server's answer is only the beginning of the run's answer. Returns 'late' if it goes on after
-    the end of the run's answer. Returns None in all other cases, or if this cannot be decided.
+    An answer is too short if it is only the beginning of the run's answer. It is too long if it goes on after the end
+    of the run's answer. In all other cases, returns None.
     """
     if agreement is None or agreement.kind == 'rounding' or reply.reasoning:
         return None
@@ -255,11 +255,11 @@ def _stops(reply: Reply, answer: Expected, agreement: Agreement | None) -> Liter
     return 'early' if not agreement.server_rest and reply.finish != 'length' else None
 
 
-def _first_difference(served: Mapping[str, float], model: Model, question: Question) -> float | None:
-    """Return the largest difference between the log probability of a token on the server and that of the model.
+def _first_token_difference(served: Mapping[str, float], model: Model, question: Question) -> float | None:
+    """Return the largest difference between server and model in the log probabilities of an answer's first token.
 
-    `served` is {token: log probability on the server} for candidates for the first token of an answer. Only tokens that
-    are likely for the model are compared. Returns None if `served` has no such token.
+    `served` is a dict from candidates for this token to their log probabilities on the server. Only candidates that are
+    likely in the model are compared. Returns None if no candidate is likely in the model.
     """
     if not served:
         return None
@@ -269,9 +269,10 @@ def _first_difference(served: Mapping[str, float], model: Model, question: Quest
 
 
 def first_different(run: Sequence[int], served: Sequence[int], model: Model) -> tuple[int, str, str]:
-    """Return (number, text of the run, text of the server) for the first token in which two prompts differ.
+    """Return where two prompts first differ: (number of the token, text in `run`, text in `served`).
 
-    Numbers start at 1. Each text has _SHOWN_IDS tokens of the prompt, beginning with the different token.
+    `run` and `served` are the token ids of the prompts. The number counts from 1. Both texts begin at the different
+    token and have up to _SHOWN_IDS tokens.
     """
     pairs = zip(run, served, strict=False)
     at = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(run), len(served)))

@@ -30,10 +30,11 @@ class Next:
     stop: float
 
     def log_probability(self, text: str) -> float | None:
-        """Return the log probability of the first token of `text`, or `stop` if `text` is empty.
+        """Return the log probability that the model gives to the first token of `text`.
 
-        The first token is a key of `likely` that is a prefix of `text`. If several keys are prefixes of `text`, returns
-        the highest of their log probabilities. If no key is a prefix, returns None.
+        The first token is a key of `likely` that is a prefix of `text`. If several keys are prefixes, the highest of
+        their log probabilities is returned. If no key is a prefix, returns None. If `text` is empty, returns the log
+        probability of the end of the answer.
         """
         if not text:
             return self.stop

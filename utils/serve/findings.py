@@ -39,10 +39,10 @@ class Finding(NamedTuple):
 
 
 def findings(rows: Sequence[Checked], model: Model, *, has_base: bool, rounding: float) -> list[Finding]:
-    """Return the findings on the compared rows. `rows` must not be empty. `model` is the model of the run.
+    """Return the findings on the compared rows, of which there is at least one. `model` is the model of the run.
 
-    `has_base` says whether the run has an adapter, so that the rows are also compared with the base model. `rounding`
-    is the largest difference of two log probabilities that still counts as rounding.
+    If `has_base` is True, the run has an adapter, and each row was also compared with the base model. `rounding` is the
+    largest difference of two log probabilities that still counts as rounding.
     """
     return [
         _on_prompts(rows, model),
@@ -86,10 +86,10 @@ def _ids_known(shown: Sequence[Checked]) -> str:
 
 
 def template_differs(agreeing: int, tried: int) -> Finding:
-    """Return the finding that the server's chat template differs from the run's.
+    """Return the finding that the server and the run have different chat templates.
 
-    The prompts of `tried` rows were sent again as raw prompts, to which the server applies no template. For `agreeing`
-    of these rows, the server then gave the run's answer. So its template was the cause of the different answers.
+    `tried` is the number of prompts that were sent a second time, as raw prompts, to which the server applies no
+    template. `agreeing` is the number of answers that then were equal to those of the run.
     """
     says = (
         'template differs: the server shows no token ids, but it answers as the run if it gets the prompt of the run '
@@ -162,10 +162,10 @@ def _where(agreement: Agreement) -> str:
 
 
 def _on_stops(rows: Sequence[Checked]) -> list[Finding]:
-    """Return up to two findings about the ends of the answers.
+    """Return a finding about answers that are too long, and one about answers that are too short, if there are any.
 
-    One reports the rows in which the server's answer is longer than the run's, the other the rows in which it is
-    shorter.
+    An answer of the server is too long if it goes on after the end of the run's answer. It is too short if it is only
+    the beginning of the run's answer.
     """
     made = []
     for kind, says in (

@@ -108,9 +108,10 @@ def _call(call: Mapping[str, Any], made_id: str) -> dict[str, Any]:
 
 
 def _tool(tool: Any) -> Any:
-    """Return the tool with all numbers as ordinary integers and floats, because a server parses numbers in this way.
+    """Return a copy of the tool in which all numbers are int or float, as in JSON that a server has parsed.
 
-    Raises NotSayable if the tool is not {'type': 'function', 'function': {...}}.
+    The number 1.10 in a row keeps its last digit 0, and a server drops this digit. Raises NotSayable if the tool is not
+    {'type': 'function', 'function': {...}}.
     """
     if not isinstance(tool, Mapping) or not isinstance(tool.get('function'), Mapping):
         raise NotSayable(OTHER_TOOL)
@@ -118,10 +119,11 @@ def _tool(tool: Any) -> Any:
 
 
 def _thinking_keys(row: Row, request: Mapping[str, Any], encoder: Encoder, ids: list[int]) -> dict[str, Any]:
-    """Return the keys to add to `request` to turn on thinking. Returns {} if `request` needs no keys.
+    """Return the keys that `request` needs to turn on thinking, or {} if it needs none.
 
-    `ids` are the token ids of the prompt in the run. A server must encode the request to the same ids. Two encodings
-    are tried here: without the keys, and with the keys. Raises NotSayable if both differ from `ids`.
+    With the right keys, a server turns the request into `ids`, the token ids of the prompt. The encoder shows what a
+    server would do: it encodes the request without keys first, and then with keys. Raises NotSayable if neither gives
+    `ids`.
     """
     asked = replace(row, messages=[*_read_back(request['messages']), _unknown()], tools=request.get('tools'))
     for thinks in (False, True):
