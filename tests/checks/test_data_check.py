@@ -20,7 +20,7 @@ from utils import dataset
 from utils.checks import dataset as dataset_check
 from utils.checks.dataset import CONFLICT, DUPLICATE, EMPTY_EARLIER, LEAKED, MOJIBAKE, wrong_order
 from utils.data.tally import Tally
-from utils.encode.account import leaves
+from utils.encode.account import row_texts
 from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY
 
 Plain = dict[str, Any]
@@ -302,7 +302,7 @@ def test_names_and_reasons_of_the_data_do_not_fill_the_memory(tokenizer_dir: Pat
     assert len(account['unused']) == len(account['fields']) == 501
     assert account['unused']['another column or key than the first 500'] == 650
     assert sum(sum(counts.values()) for counts in account['fields'].values()) == sum(
-        len(leaf.text) for index in range(1, 1801) for leaf in leaves(row(index))
+        len(row_text.text) for index in range(1, 1801) for row_text in row_texts(row(index))
     )
     reasons = {finding['reason'] for finding in findings}
     assert len(reasons) == len(findings) == 900 + 1800 and 'column `column 1799` is not used' in reasons

@@ -14,7 +14,7 @@ import pytest
 from tests.support.tiny_models import make_tokenizer
 from utils.base.names import LossScope
 from utils.data.encode_plan import EncodedAgain
-from utils.encode.account import Account, leaves
+from utils.encode.account import Account, row_texts
 from utils.encode.encoder import Encoder
 from utils.encode.make import make_encoder
 from utils.formats.columns import check_row, find_converter
@@ -144,7 +144,7 @@ def test_a_field_that_conversion_drops_is_named(change: Callable[[Row], None], m
         chat['tools'] = None
     account = account_of(chat, change=change)
     assert set(account.unused) == missed
-    assert total(account) == sum(len(leaf.text) for leaf in leaves(chat))
+    assert total(account) == sum(len(row_text.text) for row_text in row_texts(chat))
 
 
 def test_a_cut_row_says_what_it_lost() -> None:
@@ -259,7 +259,7 @@ def test_random_rows_are_accounted_for_in_full(longest: int, scope: LossScope) -
         account = Account()
         account.add(row, ids, again)
         assert set(account.unused) == extra, raw
-        assert total(account) == sum(len(leaf.text) for leaf in leaves(raw))
+        assert total(account) == sum(len(row_text.text) for row_text in row_texts(raw))
         shown = dict.fromkeys(('trained', 'context'), '')
         position = 0
         for start, end in [*ids.earlier, ids.trained]:
@@ -334,7 +334,7 @@ def test_a_text_that_stands_elsewhere_too_is_judged_by_its_own_place(raw: dict[s
     plain = make_encoder(make_tokenizer(), template_type='auto', system='', system_typed=False, max_length=-1)
     account = account_of(raw, by=plain)
     assert set(account.unused) == unused
-    assert total(account) == sum(len(leaf.text) for leaf in leaves(raw))
+    assert total(account) == sum(len(row_text.text) for row_text in row_texts(raw))
 
 
 def test_a_system_text_without_a_place_is_not_used_though_the_question_repeats_it() -> None:

@@ -18,7 +18,7 @@ from tests.support.real_rows import Words, add_tokens, conversations, printed_to
 from tests.support.tiny_models import make_tokenizer
 from utils.base.errors import ConfigError
 from utils.data.encode_plan import EncodedAgain
-from utils.encode.account import Account, leaves
+from utils.encode.account import Account, row_texts
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import RowRefused
 from utils.formats.conversation import BadRow, Row
@@ -168,14 +168,14 @@ def printed_names(again: EncodedAgain, row: Row, raw: dict[str, Any]) -> tuple[s
     """Return the names of texts whose unique word is not printed, and the names of texts that are refused."""
     mark = 'zq98765qz'
     gone, refused = set(), set()
-    for leaf in leaves(raw):
-        if leaf.kind not in ('text', 'identity') or not leaf.text.strip():
+    for row_text in row_texts(raw):
+        if row_text.kind not in ('text', 'identity') or not row_text.text.strip():
             continue
-        encoded = again.encode(row, put(raw, leaf.path, mark))
+        encoded = again.encode(row, put(raw, row_text.path, mark))
         if encoded is None:
-            refused.add(leaf.name)
+            refused.add(row_text.name)
         elif mark not in ''.join(encoded.pieces):
-            gone.add(leaf.name)
+            gone.add(row_text.name)
     return gone, refused
 
 
@@ -199,7 +199,7 @@ def test_the_account_names_what_a_word_of_its_own_shows_not_to_be_printed() -> N
             gone, refused = printed_names(again, row, raw)
             assert set(account.unused) - refused == gone - refused, (name, kind)
             counted = sum(count for counts in account.fields.values() for count in counts.values())
-            assert counted == sum(len(leaf.text) for leaf in leaves(raw)), (name, kind)
+            assert counted == sum(len(row_text.text) for row_text in row_texts(raw)), (name, kind)
             judged_rows += 1
             used += not account.unused
     assert judged_rows >= 300 and 30 <= used < judged_rows

@@ -40,7 +40,7 @@ from utils.data.collator import Collator
 from utils.data.encode_plan import EncodedAgain, encode_rows
 from utils.data.encoding_report import EncodingReport
 from utils.data.plan import plan_rows
-from utils.encode.account import Account, leaves
+from utils.encode.account import Account, row_texts
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import RowRefused
 from utils.encode.make import make_encoder
@@ -436,7 +436,7 @@ def test_random_rows_with_images_are_accounted_for_in_full(
         account.add(row, encoded, again)
         assert account.unused == {}, raw
         counted = sum(count for counts in account.fields.values() for count in counts.values())
-        assert counted == sum(len(leaf.text) for leaf in leaves(raw))
+        assert counted == sum(len(row_text.text) for row_text in row_texts(raw))
         replies = [len(turn['content']) for turn in raw['messages'] if turn['role'] == 'assistant']
         trained = sum(replies) if scope == 'all_rounds' else replies[-1]
         assert account.fields['reply text'].get('trained') == trained, raw

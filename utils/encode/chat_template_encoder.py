@@ -1,12 +1,15 @@
 """Encodes conversations with the chat template of the tokenizer (template `auto`).
 
-The ids of a row are the ids of its prompt and then the ids of its reply. The prompt is the text that the template
-renders with `add_generation_prompt=True`. So inference, here and on any server, starts exactly where the reply starts
-in training. The reply is the text that the template prints after the prompt: the lead (text before the content, such as
-a space, the name of a channel or an empty think block), the content of the reply, and the end of turn. The whole reply
-carries loss, including the end of turn.
+The ids of a row are the ids of its prompt and then the ids of its reply.
+
+The prompt is the text that the template renders with `add_generation_prompt=True`. So inference starts exactly where
+the reply starts in training. The reply is all that the template prints after the prompt, up to the end-of-turn token.
+The whole reply carries loss, including this token.
 
 To learn the properties of a template, the encoder renders probes: short chats with random texts.
+
+If the data contains a control token such as <|im_end|>, a stand-in replaces it before the chat is rendered, so that it
+becomes plain text. A chat with stand-ins is called guarded.
 """
 
 from __future__ import annotations
@@ -79,7 +82,7 @@ _DECIDES_THINKING = frozenset(name for name, _ in _SWITCHES if name != 'reasonin
 
 # The maximum number of characters of an added token that a template prints.
 _LONGEST_TAG = 64
-# The maximum number of tails of prompts that are cached with their ids (see _learn_tails). Most templates have few
+# The maximum number of tails of prompts that are cached with their ids (see _tokenise_tails). Most templates have few
 # different tails. But if the prompt of a template ends in the question, every question is a different tail.
 _TAILS_KEPT = 4096
 _NOTHING: Mapping[str, Any] = {}
@@ -95,7 +98,10 @@ class _Chat(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _Parts:
-    """A row as text. `reply` is the last reply with the end of turn. `rest` is the text after the end of turn."""
+    """A row as text. The whole text is prompt + reply + rest.
+
+    `reply` is the last reply with its end-of-turn token. `rest` is what the template prints after this token.
+    """
 
     chat: _Chat
     prompt: str
@@ -116,21 +122,24 @@ class _Parts:
 class _Frame(NamedTuple):
     """What a template prints around the reply of a one-turn chat.
 
-    `lead` is printed between the prompt and the reply, and `end` after the reply. `alone` is the text at the end of the
-    generation prompt that is not printed if a reply follows, such as the opening tag of a think block.
+    `lead` is the text just before the reply, for example an empty think block. `end` is the text after the reply, for
+    example the end-of-turn token.
+
+    `prompt_only` is the end of the generation prompt, if the chat with the reply does not have it. For example, some
+    generation prompts end in '<think>', but the chat with the reply has no think tag.
     """
 
     lead: str
     end: str
-    alone: str
+    prompt_only: str
     # Whether the prompt ends in an open think block.
     opens: bool
 
 
 class _Earlier(NamedTuple):
-    """An earlier reply that carries loss. `row` is the index of its row in the batch.
+    """The position of an earlier reply that carries loss. `row` is the index of its row in the batch.
 
-    `start` and `end` are the span of the reply in the text of the prompt.
+    `start` and `end` are positions in the text of the prompt.
     """
 
     row: int
@@ -180,7 +189,7 @@ class AutoEncoder(Encoder):
         self._openers = self._find_openers()
         self._eos_ends_turns = self._prints_eos_between_turns()
         self._why_closed = CLOSED_THINKING
-        self._switch, self._opens = self._find_switch()
+        self._switch, self._opens = self._find_thinking_setting()
         # Whether the turn is a call -> the control token that begins the next turn. If the template prints no end of
         # turn, this token is used as the end of turn.
         self._next = {is_call: self._find_next_token(is_call=is_call) for is_call in (False, True)}
@@ -211,7 +220,7 @@ class AutoEncoder(Encoder):
         return str(self._apply(list(messages), tools, prompt, settings))
 
     def _try(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **options: Any) -> str:
-        """Return the rendering of a chat. Returns '' if the template refuses the chat."""
+        """Return the rendering of a chat, or '' if the template refuses the chat."""
         try:
             return self._render(messages, tools, **options)
         except RowRefused:
@@ -249,17 +258,17 @@ class AutoEncoder(Encoder):
         return cast(Message, {'role': 'assistant', 'content': self._no_text, 'tool_calls': [call]})
 
     def _find_frame(self, tools: Sequence[Any] | None = None) -> _Frame:
-        """Return the text that the template prints around a reply. Raises ConfigError if the template is unusable."""
+        """Return what the template prints around a reply. Raises ConfigError if the template cannot be used."""
         reply = secrets.token_hex(8)
         messages = self._probe({'role': 'assistant', 'content': reply})
         try:
             prompt = self._render(messages[:-1], tools, prompt=True)
             text = self._render(messages, tools)
         except RowRefused as error:
-            hint = 'Run without --system, or choose' if self.system else 'Choose'
+            choose = 'Run without --system, or choose' if self.system else 'Choose'
+            remedy = f'{choose} a --template_type, e.g. default.'
             raise ConfigError(
-                f'the chat template of this tokenizer fails on a one-turn chat: {error}. {hint} a '
-                '--template_type, e.g. default.'
+                f'the chat template of this tokenizer fails on a one-turn chat: {error}. {remedy}'
             ) from error
         if reply not in text:
             raise ConfigError(
@@ -270,11 +279,11 @@ class AutoEncoder(Encoder):
         start = text.rindex(reply)
         common = self._common_length(prompt, text[:start])
         lead = text[common:start]
-        alone = prompt[common:]
+        prompt_only = prompt[common:]
         return _Frame(
-            lead=lead[self._repeated(alone, lead) :],
+            lead=lead[self._repeated_header(prompt_only, lead) :],
             end=text[start + len(reply) :],
-            alone=alone,
+            prompt_only=prompt_only,
             opens=_OPEN_THINK.search(prompt) is not None,
         )
 
@@ -285,7 +294,7 @@ class AutoEncoder(Encoder):
         return name in text
 
     def _prints_calls(self, *, with_tools: bool) -> bool:
-        """Return whether the template prints tool calls. `with_tools` says whether the probe chat lists tools."""
+        """Return whether the template prints tool calls. If `with_tools` is True, the probed chat also lists a tool."""
         name, tool = self._probe_tool()
         tools = [tool] if with_tools else None
         text = self._try(self._probe(self._probe_call(name)), tools)
@@ -294,7 +303,10 @@ class AutoEncoder(Encoder):
         return text.count(name) > listed.count(name)
 
     def _find_reasoning_key(self, *, is_call: bool, with_tools: bool) -> str | None:
-        """Return the message key from which the template prints reasoning. Returns None if there is no such key."""
+        """Return the message key from which the template prints reasoning, e.g. 'reasoning_content', or None.
+
+        If `is_call` is True, the probed reply is a tool call. If `with_tools` is True, the probed chat lists a tool.
+        """
         mark = secrets.token_hex(8)
         name, tool = self._probe_tool()
         turn: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': 'b'}
@@ -303,14 +315,15 @@ class AutoEncoder(Encoder):
                 return key
         return None
 
-    def _find_switch(self) -> tuple[Mapping[str, Any], bool]:
-        """Return (setting, opens). The setting lets replies begin with reasoning.
+    def _find_thinking_setting(self) -> tuple[Mapping[str, Any], bool]:
+        """Return (setting that turns thinking on, whether the prompt with this setting ends in an opening think tag).
 
-        Some generation prompts end in a closed think block, after which no reasoning can follow. Many of these
-        templates have a variable that removes the block or leaves it open. The setting is this variable with its value,
-        for example {'enable_thinking': True}. It is empty if the template has no such variable, or if the user has
-        already set such a variable. `opens` says whether a generation prompt with the setting ends in an open think
-        block.
+        Example: ({'enable_thinking': True}, False)
+
+        Some generation prompts end in a closed think block, so no reasoning can follow. With the setting, the block is
+        open or missing.
+
+        The setting is {} if the template has no variable for thinking, or if the user has already set the variable.
         """
         mark = secrets.token_hex(8)
 
@@ -336,10 +349,12 @@ class AutoEncoder(Encoder):
         return _NOTHING, self._frames[False].opens
 
     def _find_openers(self) -> frozenset[str]:
-        """Return a set with one control token: the token that begins the first turn of a chat.
+        """Return a set with the control token that begins the first turn of a chat, e.g. {'<|im_start|>'}.
 
-        If this token occurs again, a new turn begins. The set is empty if there is no such token, or if a turn of the
-        assistant can also contain the token, as in Kimi-K3's template.
+        The encoder takes each further occurrence of this token as the beginning of a turn.
+
+        The set is empty if the first turn begins with no control token. It is also empty if a turn of the assistant can
+        contain the token.
         """
         ends = (self.tokenizer.bos_token, self.tokenizer.eos_token)
         begin = self._try(self._probe(), prompt=True)
@@ -367,9 +382,9 @@ class AutoEncoder(Encoder):
         return any(match[0] == self.tokenizer.eos_token for match in self.text.find_controls(between))
 
     def _find_next_token(self, *, is_call: bool) -> str | None:
-        """Return the control token that begins the turn after a reply. With `is_call`, the reply is a tool call.
+        """Return the control token that begins the turn after a reply, or None if it begins with other text.
 
-        Returns None if this turn does not begin with a control token.
+        If `is_call` is True, the reply is a tool call, and the turn after it is a tool result.
         """
         name, tool = self._probe_tool()
         reply: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': secrets.token_hex(8)}
@@ -388,7 +403,7 @@ class AutoEncoder(Encoder):
         return token[0]
 
     def _find_stop_ids(self) -> list[int]:
-        """Return the ids of the tokens that end a turn. A text reply and a tool call may end in different tokens."""
+        """Return the ids of the tokens that end a turn. Text replies and tool calls may end in different tokens."""
         ends = [(frame.end, False) for frame in self._frames.values()]
         name, tool = self._probe_tool()
         if any(self.says_calls.values()):
@@ -407,11 +422,11 @@ class AutoEncoder(Encoder):
     ) -> Message:
         """Return the message with the keys and values that the template expects.
 
-        If the message has images, its content becomes a list of items.
+        If the message has images, its content becomes a list of images and texts. If the template prints no tool calls,
+        the calls become text in the content.
 
-        Reasoning is stored under `key`. If `key` is None, it is stored under the key that a probe found. If no probe
-        found a key, the reasoning is dropped, except in the last message (`is_last`). There it becomes a think block in
-        the content, provided that the message has no calls and the template has a think tag.
+        The reasoning is stored under the message key `key`, or else under the key that the probes found. Without a key,
+        the reasoning is dropped, or becomes a think block in the content of the last message (`is_last`).
         """
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
@@ -445,13 +460,16 @@ class AutoEncoder(Encoder):
         return self._switch if self.asks_to_think else _NOTHING
 
     def settings_of(self, row: Row) -> Mapping[str, Any]:
-        """Return the template settings for a row. They are empty unless the last reply has reasoning."""
-        return self._switch if self._reasons(row.messages[-1], with_tools=self._lists_tools(row)) else _NOTHING
+        """Return the template settings for a row. They are {} if its last reply has no reasoning."""
+        return self._switch if self._has_reasoning(row.messages[-1], with_tools=self._lists_tools(row)) else _NOTHING
 
     def in_its_form(self, messages: Sequence[Mapping[str, Any]], row: Row) -> list[Any]:
-        """Return the messages of a source row with the keys and values that the template expects."""
+        """Return `messages` with the keys and values that the template expects.
+
+        `messages` are the turns of `row` as they were written in the data file.
+        """
         with_tools = self._lists_tools(row)
-        key = self._key_in(row)
+        key = self._reasoning_key_of_row(row)
         made: list[Any] = []
         for message in messages:
             is_last = message is messages[-1]
@@ -466,7 +484,7 @@ class AutoEncoder(Encoder):
         return made
 
     def _with_arguments(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the calls. If the template expects text, the arguments of each call become JSON text."""
+        """Return the calls with arguments as the template expects them: as objects or as JSON text."""
         if not self._arguments_as_text:
             return calls
         made = []
@@ -478,9 +496,9 @@ class AutoEncoder(Encoder):
         return made
 
     def _as_block(self, reasoning: str, tag: str) -> str:
-        """Return the reasoning in a think block. `tag` is its opening tag.
+        """Return the reasoning in a think block, e.g. '<think>reasoning</think>'. `tag` is the opening tag.
 
-        If the template has a line end after this tag, the block has line ends too.
+        If the template prints a line end after the opening tag, the block has line ends too.
         """
         line = '\n' if f'{tag}\\n' in self._source or f'{tag}\n' in self._source else ''
         return f'{tag}{line}{reasoning}{line}{_closing_tag(tag)}{2 * line}'
@@ -488,24 +506,22 @@ class AutoEncoder(Encoder):
     def _lists_tools(self, row: Row) -> bool:
         return bool(row.tools) and self.says_tools
 
-    def _key_of(self, reply: Message, *, with_tools: bool) -> str | None:
-        """Return the message key for the reasoning of a reply. Returns None if no probe found a key.
+    def _reasoning_key(self, reply: Message, *, with_tools: bool) -> str | None:
+        """Return the message key from which the template prints the reasoning of `reply`, or None.
 
-        A template can have different keys for replies with and without tool calls. If the template prints no tool
-        calls, the calls are written into the content of the reply. Then the reply counts as a reply without calls.
+        The probes found one key for replies with tool calls, and one for other replies.
         """
+        # If the template prints no tool calls, they are text in the content of the reply.
         return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
 
-    def _key_in(self, row: Row) -> str | None:
-        """Return the message key from which the template prints the reasoning of the row's last reply.
+    def _reasoning_key_of_row(self, row: Row) -> str | None:
+        """Return the message key from which the template prints the reasoning of the row's last reply, or None.
 
-        Usually, probes (short chats) have found the key. But some templates print reasoning only in some turns. For
-        example, the template of Kimi-K2-Thinking never prints the reasoning of the first reply, so the probes find no
-        key. Then the row itself is rendered with each possible key. Returns None if no key makes the template print the
-        reasoning.
+        Some templates print reasoning only in some turns, so the probes (short chats) find no key. Then the row itself
+        is rendered with each possible key.
         """
         reply, with_tools = row.messages[-1], self._lists_tools(row)
-        known = self._key_of(reply, with_tools=with_tools)
+        known = self._reasoning_key(reply, with_tools=with_tools)
         if known or not reply.get('reasoning'):
             return known
         mark = secrets.token_hex(8)
@@ -519,25 +535,25 @@ class AutoEncoder(Encoder):
                 return key
         return None
 
-    def _reasons(self, reply: Message, *, with_tools: bool) -> bool:
+    def _has_reasoning(self, reply: Message, *, with_tools: bool) -> bool:
         """Return whether the reply has reasoning that the template can print.
 
         The reasoning is in a separate key of the message, or in a think block in its content.
         """
         if reply.get('reasoning'):
-            return bool(self._key_of(reply, with_tools=with_tools) or _THINK_SOURCE.search(self._source))
-        return _thinks(reply['content'], opened=self._opens)
+            return bool(self._reasoning_key(reply, with_tools=with_tools) or _THINK_SOURCE.search(self._source))
+        return _has_think_block(reply['content'], opened=self._opens)
 
     def _chat(
-        self, row: Row, context: Sequence[Message], *, reasons: bool, key: str | None = None
+        self, row: Row, context: Sequence[Message], *, has_reasoning: bool, key: str | None = None
     ) -> tuple[_Chat, bool, list[str]]:
-        """Return (chat to render, whether it is guarded, notes) for a row.
+        """Return (chat to render, whether control tokens in its texts were replaced, notes) for a row.
 
-        `context` has the messages to render: all messages of the row, or those before its last reply. `reasons` says
-        whether the last reply has reasoning. `key` is the message key for this reasoning.
+        If the texts contain control tokens such as <|im_end|>, stand-ins replace them, so that they are tokenised as
+        plain text.
 
-        If any text of the chat contains a control token, the chat is guarded: a stand-in replaces each control token in
-        the data.
+        `context` has the messages to render: all messages of the row, or those before its last reply. `has_reasoning`
+        says whether the last reply has reasoning. `key` is the message key under which its reasoning is stored.
         """
         notes = []
         tools = row.tools
@@ -555,7 +571,7 @@ class AutoEncoder(Encoder):
             messages.insert(0, {'role': 'system', 'content': self.system})
         if any('tool_calls' in message for message in row.messages) and not self.says_calls[with_tools]:
             notes.append(TOOL_CALL_AS_TEXT)
-        settings = self._switch if reasons else _NOTHING
+        settings = self._switch if has_reasoning else _NOTHING
         notes += [THINKING_SWITCH.format(switch=self.switch)] if settings else []
         chat = _Chat(messages, tools, settings)
         if not self._spells_control(messages, tools):
@@ -573,30 +589,33 @@ class AutoEncoder(Encoder):
         chats = []
         for row in rows:
             reply, with_tools = row.messages[-1], self._lists_tools(row)
-            reasons = self._reasons(reply, with_tools=with_tools)
-            key = self._key_in(row)
-            chat, guarded, notes = self._chat(row, row.messages, reasons=reasons, key=key)
-            if reply.get('reasoning') and reasons and not key:
+            has_reasoning = self._has_reasoning(reply, with_tools=with_tools)
+            key = self._reasoning_key_of_row(row)
+            chat, guarded, notes = self._chat(row, row.messages, has_reasoning=has_reasoning, key=key)
+            if reply.get('reasoning') and has_reasoning and not key:
                 notes.append(REASONING_AS_TEXT)
-            chats.append((chat, guarded, notes, reply.get('reasoning', ''), key, reasons))
+            chats.append((chat, guarded, notes, reply.get('reasoning', ''), key, has_reasoning))
         prompts = self._render_all([chat._replace(messages=chat.messages[:-1]) for chat, *_ in chats], prompt=True)
         fulls = self._render_all([chat for chat, *_ in chats], prompt=False)
         parts = []
-        for (chat, guarded, notes, reasoning, key, reasons), prompt, full in zip(chats, prompts, fulls, strict=True):
-            thought = self._thought(chat.messages[-1], reasoning, key, guarded=guarded)
+        for (chat, guarded, notes, reasoning, key, has_reasoning), prompt, full in zip(
+            chats, prompts, fulls, strict=True
+        ):
+            thought = self._block_before_calls(chat.messages[-1], reasoning, key, guarded=guarded)
             part = self._part(
-                chat, prompt, full, guarded=guarded, notes=notes, thought=thought, key=key, reasons=reasons
+                chat, prompt, full, guarded=guarded, notes=notes, thought=thought, key=key, has_reasoning=has_reasoning
             )
             if reasoning and _unspaced(reasoning) not in _unspaced(self.text.unguard(part.reply)):
                 notes.append(REASONING_LEFT_OUT)
             parts.append(part)
         return parts
 
-    def _thought(self, reply: Message, reasoning: str, key: str | None, *, guarded: bool) -> str:
-        """Return the reasoning of a reply with tool calls as a think block. The caller puts the block before the calls.
+    def _block_before_calls(self, reply: Message, reasoning: str, key: str | None, *, guarded: bool) -> str:
+        """Return the think block to insert before the tool calls of a reply, or '' if no block is needed.
 
-        `key` is the message key from which the template itself prints the reasoning. Returns '' if there is such a key,
-        if the reply has no calls or no reasoning, or if the template has no think tag.
+        A block is needed if the template has no message key for the reasoning (`key` is None).
+
+        If `guarded` is True, stand-ins replace control tokens such as <|im_end|> in the block.
         """
         tag = _THINK_SOURCE.search(self._source)
         if 'tool_calls' not in reply or key or tag is None or not reasoning:
@@ -606,53 +625,57 @@ class AutoEncoder(Encoder):
 
     def _part(
         self, chat: _Chat, prompt: str, full: str, *, guarded: bool, notes: list[str], thought: str, key: str | None,
-        reasons: bool,
+        has_reasoning: bool,
     ) -> _Parts:  # fmt: skip
         last, frame = chat.messages[-1], self._frames[bool(chat.tools)]
         is_call = 'tool_calls' in last
         content = last['content'] if isinstance(last['content'], str) else ''
         reasoning = str(last.get(key or '') or '')
         opens = _OPEN_THINK.search(prompt)
-        if reasons and _CLOSED_THINK.search(prompt):
+        if has_reasoning and _CLOSED_THINK.search(prompt):
             raise RowRefused(self._why_closed)
-        follows = self._after_prompt(prompt, full, frame)
-        if follows is not None and thought:
-            empty = _EMPTY_BLOCK.match(follows)
-            follows = thought + (follows[empty.end() :] if empty else follows)
-        if follows is not None and opens and not _BEGINS_CLOSING.match(follows):
-            follows = self._inside_block(prompt, follows, reasons=reasons)
-        is_printed = follows is not None and _is_printed(content, reasoning, follows, is_call=is_call, reasons=reasons)
-        if follows is None and is_call:
+        after_prompt = self._after_prompt(prompt, full, frame)
+        if after_prompt is not None and thought:
+            empty = _EMPTY_BLOCK.match(after_prompt)
+            after_prompt = thought + (after_prompt[empty.end() :] if empty else after_prompt)
+        if after_prompt is not None and opens and not _BEGINS_CLOSING.match(after_prompt):
+            after_prompt = self._continue_block(prompt, after_prompt, has_reasoning=has_reasoning)
+        is_printed = after_prompt is not None and _is_unchanged(
+            content, reasoning, after_prompt, is_call=is_call, has_reasoning=has_reasoning
+        )
+        if after_prompt is None and is_call:
             raise RowRefused('the chat template does not print the tool call after the generation prompt')
-        if follows is None or not (is_printed or is_call):
-            follows = self._as_written(prompt, content, frame, reasons=reasons)
-        if full != prompt + follows:
+        if after_prompt is None or not (is_printed or is_call):
+            after_prompt = self._as_written(prompt, content, frame, has_reasoning=has_reasoning)
+        if full != prompt + after_prompt:
             notes.append(RENDERED_DIFFERENTLY if full.startswith(prompt) else FULL_DIFFERS)
-        start = self._reply_end(follows, last, content, frame)
-        before, stop, end = self._split_end(follows[start:], frame, is_call=is_call)
+        start = self._find_reply_end(after_prompt, last, content, frame)
+        before, stop, end = self._split_end(after_prompt[start:], frame, is_call=is_call)
         if end is not None:
             notes.append(ADDED_END)
         cut = start + len(before) + len(stop)
-        rest = follows[cut:]
+        rest = after_prompt[cut:]
         if end is not None and rest:
             # The end-of-turn token is added at the end. So text that the template prints after the turn is removed.
             rest = ''
             notes += [] if FULL_DIFFERS in notes else [FULL_DIFFERS]
-        return _Parts(chat=chat, prompt=prompt, reply=follows[:cut], rest=rest, end=end, guarded=guarded, notes=notes)
+        return _Parts(
+            chat=chat, prompt=prompt, reply=after_prompt[:cut], rest=rest, end=end, guarded=guarded, notes=notes
+        )
 
     def _after_prompt(self, prompt: str, full: str, frame: _Frame) -> str | None:
-        """Return the text that follows the prompt in the rendered chat `full`. Returns None if it cannot be found.
+        """Return the part of the rendered chat `full` after the prompt. Returns None if it cannot be found.
 
-        Some templates print the prompt differently if a reply follows. For example, they leave out the think block of
-        the generation prompt, or they no longer put the system text into the last user turn.
+        Some templates print the prompt differently if a reply follows. For example, they leave out the think block at
+        the end of the prompt. So `full` may not begin with `prompt`.
         """
         if full.startswith(prompt):
             return full[len(prompt) :]
-        alone = frame.alone
-        base = prompt[: len(prompt) - len(alone)]
-        if prompt.endswith(alone) and full.startswith(base):
-            follows = full[len(base) :]
-            return follows[self._repeated(alone, follows) :]
+        prompt_only = frame.prompt_only
+        base = prompt[: len(prompt) - len(prompt_only)]
+        if prompt.endswith(prompt_only) and full.startswith(base):
+            after_prompt = full[len(base) :]
+            return after_prompt[self._repeated_header(prompt_only, after_prompt) :]
         common = self._common_length(prompt, full)
         left = prompt[common:]
         if _ANY_THINK_TAG.search(left) or not self.text.without_control(left).strip():
@@ -661,21 +684,17 @@ class AutoEncoder(Encoder):
         at = full.rfind(anchor) if anchor.strip() else -1
         return full[at + len(anchor) :] if at >= 0 else None
 
-    def _repeated(self, alone: str, follows: str) -> int:
-        """Return the length of the turn header with which `alone` ends and `follows` begins, or 0 if there is none.
+    def _repeated_header(self, prompt_end: str, reply_start: str) -> int:
+        """Return the length of the turn header at the end of `prompt_end` that `reply_start` begins with, or 0.
 
-        Both texts follow the same text: `alone` in the prompt, and `follows` in the whole chat. Command R+ prints an
-        instruction before the header of the generation prompt, but not before the header of a reply. So `alone` is an
-        instruction and the header, and `follows` is the header and the reply.
+        Example: _repeated_header('Answer briefly.<|bot|>', '<|bot|>Hello') -> 7, the length of '<|bot|>'
         """
-        headers = (match.start() for match in self.text.find_controls(alone))
-        return next((len(alone) - at for at in headers if follows.startswith(alone[at:])), 0)
+        # Command R+ prints an instruction before the header of the generation prompt, but not before that of a reply.
+        headers = (match.start() for match in self.text.find_controls(prompt_end))
+        return next((len(prompt_end) - at for at in headers if reply_start.startswith(prompt_end[at:])), 0)
 
     def _common_length(self, prompt: str, full: str) -> int:
-        """Return the length of the common prefix of two renderings.
-
-        If the prefix would end inside a control token or think tag, it ends before this token or tag.
-        """
+        """Return the length of the common prefix of two texts. It never ends inside a control token or think tag."""
         common = len(_shared(prompt, full))
         for text in (prompt, full):
             for match in self.text.find_all(text[max(common - _LONGEST_TAG, 0) : common + _LONGEST_TAG]):
@@ -684,19 +703,19 @@ class AutoEncoder(Encoder):
                     common = start
         return common
 
-    def _inside_block(self, prompt: str, follows: str, *, reasons: bool) -> str:
-        """Return `follows`, changed so that it continues a prompt that ends in an open think block.
+    def _continue_block(self, prompt: str, after_prompt: str, *, has_reasoning: bool) -> str:
+        """Return `after_prompt`, changed so that it can follow a prompt that ends in an opening think tag.
 
-        `follows` is the text that the template prints after the prompt. If it begins with an opening tag, this tag is
-        removed. If it has no such tag, and the reply has no reasoning, the closing tag of the block is put before it.
+        An opening tag at the start is removed: '<think>a</think>b' -> 'a</think>b'
+        If the reply has no reasoning, a closing tag is added: 'b' -> '</think>b' (with line ends)
         """
-        own = _BEGINS_THINKING.match(follows)
+        own = _BEGINS_THINKING.match(after_prompt)
         if own:
-            return follows[own.end() :]
-        return follows if reasons else self._closing(prompt) + follows
+            return after_prompt[own.end() :]
+        return after_prompt if has_reasoning else self._closing(prompt) + after_prompt
 
     def _closing(self, prompt: str) -> str:
-        """Return the closing tag for the think block that the prompt opens, with the line ends around the tag."""
+        """Return the closing tag of the think block that the prompt opens, with the line ends around it."""
         opened = _OPEN_THINK.search(prompt)
         assert opened is not None, 'the prompt opens a think block'
         if not opened[1].startswith('<') or opened[1].startswith('<|'):
@@ -704,15 +723,15 @@ class AutoEncoder(Encoder):
         line = '' if prompt.endswith('\n') else '\n'
         return f'{line}{_closing_tag(opened[1])}\n\n'
 
-    def _as_written(self, prompt: str, content: str, frame: _Frame, *, reasons: bool) -> str:
-        """Return the text to train on after the prompt, for a reply that the template would alter.
+    def _as_written(self, prompt: str, content: str, frame: _Frame, *, has_reasoning: bool) -> str:
+        """Return the text to train on after the prompt, with the reply exactly as it is in the row.
 
-        This text is the lead (what the template prints before a reply), the reply as it is in the row, and the end of
-        turn.
+        It is used if the template would change the reply. Before the reply it has what the template usually prints
+        there, and after the reply the end of turn.
         """
         lead = frame.lead
         opens = _OPEN_THINK.search(prompt)
-        if reasons:
+        if has_reasoning:
             own = _BEGINS_THINKING.match(content)
             lead = '' if _ANY_THINK_TAG.search(lead) else lead
             content = content[own.end() :] if opens and own else content
@@ -720,24 +739,24 @@ class AutoEncoder(Encoder):
             lead = self._closing(prompt)
         return lead + content + frame.end
 
-    def _reply_end(self, follows: str, last: Message, content: str, frame: _Frame) -> int:
-        """Return the position in `follows` at which the content of the reply ends.
+    def _find_reply_end(self, after_prompt: str, last: Message, content: str, frame: _Frame) -> int:
+        """Return the position in `after_prompt` just after the content of the reply, or 0 if the content is not found.
 
-        If the reply has calls, return the position at which the name of its last call ends.
+        `after_prompt` has the reply as the template prints it, and the end of turn. If the reply has tool calls, the
+        result is the position just after the name of its last call.
         """
         names = [str(call.get('function', call).get('name') or '') for call in last.get('tool_calls', ())]
         if names:
-            return max(follows.rfind(name) + len(name) for name in names)
-        if follows.endswith(frame.end):
-            return len(follows) - len(frame.end)
-        at = follows.rfind(content.strip()) if content.strip() else -1
+            return max(after_prompt.rfind(name) + len(name) for name in names)
+        if after_prompt.endswith(frame.end):
+            return len(after_prompt) - len(frame.end)
+        at = after_prompt.rfind(content.strip()) if content.strip() else -1
         return at + len(content.strip()) if at >= 0 else 0
 
     def _split_end(self, end: str, frame: _Frame, *, is_call: bool) -> tuple[str, str, int | None]:
-        """Split `end`, the text after a reply. Returns (text before the end-of-turn token, this token, id to add).
+        """Return (text before the end-of-turn token, this token, None). `end` is the text after a reply.
 
-        The id is None if the template prints an end-of-turn token. Otherwise the second value is '', and the id is that
-        of the end-of-turn token that must be added.
+        If `end` has no end-of-turn token, return (`end`, '', id of an end-of-turn token that the caller must add).
         """
         end_of_reply = self._end_of_reply(self.text.find_controls(frame.end))
         stops = {self.tokenizer.eos_token, *([] if end_of_reply is None else [end_of_reply[0]])}
@@ -754,12 +773,13 @@ class AutoEncoder(Encoder):
         return end, '', self.tokenizer.eos_token_id if following is None else self.text.control_ids[following]
 
     def _end_of_call(self, end: str, markers: Sequence[re.Match[str]], stops: set[str]) -> re.Match[str] | None:
-        """Return the match of the token that ends the turn after a tool call, or None if there is no such token.
+        """Return the match of the token that ends the turn after a tool call, or None.
 
-        `end` is the text after the call, `markers` are the matches of control tokens in this text, and `stops` are the
-        known end-of-turn tokens. The first marker that is one of `stops` ends the turn. If no marker is one of `stops`,
-        the last marker ends the turn. But a last marker that closes only the call (`</...`) does not end the turn, and
-        neither does a last marker with text after it.
+        `end` is the text after the call. `markers` are the control tokens in `end`. `stops` are the known end-of-turn
+        tokens.
+
+        The result is the first marker in `stops`. If there is none, the result is the control token with which `end`
+        ends. A closing tag such as </tool_call> is never the result.
         """
         named = next((match for match in markers if match[0] in stops), None)
         if named is not None or not markers:
@@ -768,10 +788,10 @@ class AutoEncoder(Encoder):
         return None if last[0].startswith('</') or end[last.end() :].strip() else last
 
     def _end_of_reply(self, markers: Sequence[re.Match[str]]) -> re.Match[str] | None:
-        """Return the match of the end-of-turn token after a reply. `markers` are the control tokens after the reply.
+        """Return the match of the token that ends the turn after a text reply, or None if `markers` is empty.
 
-        This is the end-of-sequence token if the template prints it after each turn, otherwise the first of `markers`.
-        Returns None if `markers` is empty.
+        `markers` are the control tokens after the reply. If the template prints the end-of-sequence token after each
+        turn, the result is this token. Otherwise it is the first marker.
         """
         eos = self.tokenizer.eos_token
         # Some templates, such as Cohere's, print another control token before the end-of-sequence token.
@@ -788,9 +808,9 @@ class AutoEncoder(Encoder):
         chats = []
         for row in rows:
             context, reply = row.messages[:-1], row.messages[-1]
-            known = self._reasons(reply, with_tools=self._lists_tools(row))
-            reasons = self.asks_to_think if _is_unknown(reply) else known
-            chats.append(self._chat(row, context, reasons=reasons))
+            known = self._has_reasoning(reply, with_tools=self._lists_tools(row))
+            has_reasoning = self.asks_to_think if _is_unknown(reply) else known
+            chats.append(self._chat(row, context, has_reasoning=has_reasoning))
         texts = self._render_all([chat for chat, _, _ in chats], prompt=True)
         return self._prompt_ids([(text, guarded) for text, (_, guarded, _) in zip(texts, chats, strict=True)])
 
@@ -798,20 +818,20 @@ class AutoEncoder(Encoder):
         parts = self._parts(rows)
         plain = [part for part in parts if not part.guarded]
         whole = iter(self.text.ids([part.text for part in plain]))
-        tails = self._learn_tails([part.prompt for part in plain])
+        tails = self._tokenise_tails([part.prompt for part in plain])
         encoded = []
         for part in parts:
             ids = self.text.guarded_ids(part.text) if part.guarded else next(whole)
-            length = 0 if part.guarded else self._prompt_length(part.prompt, ids, tails)
+            length = 0 if part.guarded else self._count_prompt_ids(part.prompt, ids, tails)
             prompt = ids[:length] if length else self._prompt_ids([(part.prompt, part.guarded)])[0]
             encoded.append(self._assemble(part, prompt, ids))
         self._add_earlier(rows, parts, encoded)
         return encoded
 
-    def _learn_tails(self, prompts: Sequence[str]) -> dict[str, list[int]]:
-        """Add the ids of the tails of these prompts to the cache, and return the cache.
+    def _tokenise_tails(self, prompts: Sequence[str]) -> dict[str, list[int]]:
+        """Return a cached dict from prompt tails to their token ids, after adding the tails of `prompts`.
 
-        The tail of a prompt is its text from the last control token on. The cache is {tail: ids}.
+        The tail of a prompt is its text from the last control token on.
         """
         if len(self._tails) > _TAILS_KEPT:
             self._tails = {}  # not cleared: a different thread may still read the old cache
@@ -820,13 +840,16 @@ class AutoEncoder(Encoder):
         known.update(zip(tails, self.text.ids(tails), strict=True))
         return known
 
-    def _prompt_length(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
-        """Return how many ids at the start of `whole` are the ids of the prompt. Returns 0 if this is not certain.
+    def _count_prompt_ids(self, prompt: str, whole: list[int], tails: dict[str, list[int]]) -> int:
+        """Return how many ids at the start of `whole` belong to the prompt. Returns 0 if this is not certain.
 
-        `whole` has the ids of the prompt and its reply, tokenised as one text. The tail of a prompt is its text from
-        the last control token on. Tokenizers first split text at control tokens, so a reply can change only the ids of
-        the tail. `tails` is {tail: its ids without a reply}. The result is 0 if `whole` has other ids for the tail.
+        `whole` has the ids of prompt and reply, tokenised as one text.
+
+        The tail of the prompt is its text from the last control token on. Only the tail can have other ids if a reply
+        follows. `tails` is a dict from tails to their ids without a reply. If `whole` has other ids for the tail, the
+        result is 0.
         """
+        # Tokenizers first split text at control tokens. So a reply cannot change the ids before the last of them.
         count, start = self.text.last_control(prompt)
         if count == 0:
             return 0
@@ -839,10 +862,9 @@ class AutoEncoder(Encoder):
         return end if whole[position:end] == tail else 0
 
     def _assemble(self, part: _Parts, prompt: list[int], whole: list[int]) -> Encoded:
-        """Return the encoded row.
+        """Return the encoded row. `whole` has the ids of prompt and reply, tokenised as one text.
 
-        `whole` has the ids of the row tokenised as one text. These ids are used if they begin with the ids of the
-        prompt. Else the ids of the prompt and the ids of the reply, tokenised separately, are used.
+        If `whole` does not begin with the ids of the prompt, the prompt and the reply are tokenised separately.
         """
         ids, notes = whole, part.notes
         if whole[: len(prompt)] != prompt:
@@ -859,13 +881,10 @@ class AutoEncoder(Encoder):
         )
 
     def _trained_end(self, ids: list[int], part: _Parts) -> int:
-        """Return the position in `ids` just after the end-of-turn token.
-
-        `part.rest` is the text after this token. The search starts at the end of `ids`, and skips as many control
-        tokens as `part.rest` has.
-        """
+        """Return the position in `ids` just after the end-of-turn token of the last reply."""
         if part.end is not None or not part.rest:
             return len(ids)
+        # The search starts at the end of `ids`, and skips the control tokens of the text after the end-of-turn token.
         after = len(self.text.find_all(part.rest))
         position = len(ids)
         for _ in range(after + 1):
@@ -875,7 +894,7 @@ class AutoEncoder(Encoder):
     # --- earlier replies that carry loss
 
     def _add_earlier(self, rows: Sequence[Row], parts: Sequence[_Parts], encoded: list[Encoded]) -> None:
-        """Add to each encoded row the spans of its earlier replies that carry loss.
+        """Add the spans of earlier replies that carry loss to each encoded row.
 
         If the row says that its last reply carries no loss, the span of the last reply is removed.
         """
@@ -918,16 +937,16 @@ class AutoEncoder(Encoder):
         return start, end
 
     def _find_earlier(self, part: _Parts, index: int) -> list[tuple[int, int]]:
-        """Return the spans of an earlier reply in the text of the prompt. The reply is the message `index`.
+        """Return the spans of the prompt in which an earlier reply is printed. `index` is the index of its message.
 
-        Usually this is one span, including the end of turn. The list is empty if the template does not print the reply.
-        A reply with calls can also have text. Some templates print this text later, after the results of the calls.
-        Then a second span covers this text.
+        Each span includes the end of turn. The list is empty if the template does not print the reply.
+
+        A reply with tool calls has two spans if the template prints its text only after the results of the calls.
         """
         chat, prompt = part.chat, part.prompt
         message = chat.messages[index]
         is_call = 'tool_calls' in message
-        printed = self._find_printed(part, index, _replaced(message))
+        printed = self._find_printed(part, index, _with_random_word(message, in_content=not is_call))
         if printed is None:
             return []
         first, last = printed
@@ -935,22 +954,20 @@ class AutoEncoder(Encoder):
         frame = self._frames[bool(chat.tools)]
         spans = [(start, self._turn_end(prompt, last, frame, is_call=is_call))]
         if is_call and message['content']:
-            beside = self._find_printed(part, index, _replaced(message, text=True))
+            beside = self._find_printed(part, index, _with_random_word(message, in_content=True))
             if beside is not None and beside[0] >= spans[0][1]:
                 spans.append((beside[0], self._turn_end(prompt, beside[1], frame, is_call=False)))
         return spans
 
     def _turn_start(self, part: _Parts, index: int, first: int) -> int:
-        """Return the position in the prompt at which the loss of an earlier turn begins.
+        """Return the position in the prompt at which the loss of an earlier reply begins.
 
-        Loss begins where the generation prompt of the turn ends. In an earlier turn, a template may print only the
-        beginning of the generation prompt, for example without a think block. Then loss begins where this beginning
-        ends.
-
-        `first` is the position of the content of the turn. Returns the length of the prompt if the position cannot be
+        Loss begins just after the header of the turn, for example after '<|assistant|>'. `index` is the index of the
+        message, and `first` is the position of its content. Returns the length of the prompt if the header is not
         found.
         """
         chat = part.chat
+        # Templates may print less of the generation prompt in an earlier turn, for example no think block.
         starts = [self._start_under(part, index, first, chat.settings)]
         if chat.settings:
             # The setting is for the last reply. The prompt of an earlier reply may be printed without the setting.
@@ -979,10 +996,10 @@ class AutoEncoder(Encoder):
         return self.text.control_ids[marker] in (*self.stop_ids, self.tokenizer.eos_token_id)
 
     def _find_printed(self, part: _Parts, index: int, other: Message) -> tuple[int, int] | None:
-        """Return the span of the prompt in which the template prints the turn `index`.
+        """Return the span of the prompt in which the template prints message `index`.
 
-        The chat is rendered once more with the message `other` instead of this turn. The span is the text of the prompt
-        that differs between the two renderings. Returns None if nothing differs, or if the second rendering fails.
+        The chat is rendered again with the message `other` in its place. The span is the text that then differs.
+        Returns None if nothing differs, or if the template refuses the changed chat.
         """
         chat, prompt = part.chat, part.prompt
         messages = list(chat.messages[:-1])
@@ -995,7 +1012,10 @@ class AutoEncoder(Encoder):
         return first, len(prompt) - shared
 
     def _turn_end(self, prompt: str, last: int, frame: _Frame, *, is_call: bool) -> int:
-        """Return the position just after the end of a turn. `last` is the position after the content of the turn."""
+        """Return the position in the prompt just after the end-of-turn token of an earlier reply.
+
+        `last` is the position just after the content of the reply. `is_call` says whether the reply is a tool call.
+        """
         match = self.text.find_control(prompt, last)
         while is_call and match is not None and not self._stops(match[0]):
             if match[0] in self._openers:
@@ -1016,7 +1036,7 @@ def _have_calls(chats: Sequence[Any]) -> bool:
 
 
 def _is_unknown(reply: Message) -> bool:
-    """Return whether the reply is still to be generated, as in inference. Such a reply is empty."""
+    """Return whether the reply is empty. In inference, an empty reply stands for the reply to generate."""
     return not (reply['content'] or reply.keys() & {'tool_calls', 'reasoning'})
 
 
@@ -1026,40 +1046,44 @@ def _closing_tag(opening: str) -> str:
     return f'{opening[0]}/{opening[1:]}'
 
 
-def _thinks(content: str, *, opened: bool) -> bool:
-    """Return whether a reply has a think block. If `opened` is True, the opening tag may be in the prompt."""
+def _has_think_block(content: str, *, opened: bool) -> bool:
+    """Return whether a reply begins with a think block, e.g. '<think>reasoning</think>answer'.
+
+    If the prompt already ends in the opening tag (`opened`), a reply with only the closing tag has a block too.
+    """
     own = _BEGINS_THINKING.match(content)
     if own:
         return _closing_tag(own[1]) in content[own.end() :]
     return opened and len(_ANY_THINK_TAG.findall(content)) == 1 and _CLOSES_LINE.search(content) is not None
 
 
-def _is_printed(content: str, reasoning: str, follows: str, *, is_call: bool, reasons: bool) -> bool:
-    """Return whether the template prints the content and the reasoning of the reply without changes.
+def _is_unchanged(content: str, reasoning: str, after_prompt: str, *, is_call: bool, has_reasoning: bool) -> bool:
+    """Return whether `after_prompt`, the text that the template prints after the prompt, has the reply unchanged.
 
-    `follows` is the text that the template prints after the prompt. `is_call` says whether the reply has calls, and
-    `reasons` whether it has reasoning. If the reply has calls or reasoning, think tags and the spaces around them are
-    not compared. Returns False for a reply with reasoning if `follows` begins with a closed think block.
+    If the reply has tool calls or reasoning, think tags and the spaces around them may differ.
+
+    Reasoning that is printed after a closed think block, not inside it, counts as changed.
     """
-    if not (reasons or is_call or reasoning):
-        return content in follows
+    if not (has_reasoning or is_call or reasoning):
+        return content in after_prompt
     pieces = [piece.strip() for piece in (*_ANY_THINK_TAG.split(content), reasoning)]
-    places = [follows.find(piece) for piece in pieces if piece]
+    places = [after_prompt.find(piece) for piece in pieces if piece]
     # The reasoning would be trained after the closed think block, not inside it.
-    begins_closed = _BEGINS_CLOSING.match(follows) or _EMPTY_BLOCK.match(follows)
-    return -1 not in places and not (reasons and begins_closed)
+    begins_closed = _BEGINS_CLOSING.match(after_prompt) or _EMPTY_BLOCK.match(after_prompt)
+    return -1 not in places and not (has_reasoning and begins_closed)
 
 
-def _replaced(message: Message, *, text: bool = False) -> Message:
-    """Return a copy of a turn with a random text as its content. If the turn has calls, their arguments change instead.
+def _with_random_word(message: Message, *, in_content: bool) -> Message:
+    """Return a copy of the message with a random word in it.
 
-    If `text` is True, the content changes even if the turn has calls. The names of calls never change, because
-    templates print the names again with the results. The random text begins and ends with characters that occur in no
-    data. So a comparison of two renderings finds exactly what changed.
+    A comparison of two renderings then shows where the template prints the message. If `in_content` is True, the word
+    replaces the content. Otherwise it is added to the arguments of the tool calls.
     """
+    # No data contains the first and last character. So a comparison of two renderings finds exactly what changed.
     mark = f'\ue000{secrets.token_hex(8)}\ue001'
-    if text or 'tool_calls' not in message:
+    if in_content:
         return cast(Message, {**message, 'content': mark})
+    # The names of the calls stay: templates print them again with the results of the calls.
     calls = []
     for call in message['tool_calls']:
         function = call.get('function', call)
