@@ -109,14 +109,17 @@ def encoder_of(tokenizer: Any) -> Any:
 
 
 def test_a_template_whose_replies_end_beyond_the_embedding_is_refused() -> None:
-    with pytest.raises(ConfigError, match=rf"template 'auto': a reply ends in '{LARGE}' \(id 400\), which is beyond"):
+    with pytest.raises(ConfigError, match=rf"template 'auto': replies end with '{LARGE}' \(id 400\), but the model"):
         encoder_of(ends_in(LARGE, LARGE))
 
 
 def test_an_end_of_calls_beyond_the_embedding_stops_no_answer_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = ends_in('<|im_end|>', LARGE)
     assert encoder_of(tokenizer).stop_ids == [tokenizer.convert_tokens_to_ids('<|im_end|>')]
-    assert f"'{LARGE}' (id 400) can end a turn and is beyond the 400 rows" in caplog.text
+    assert (
+        f"a turn can end with '{LARGE}' (id 400), but the model's embedding has rows only for ids below 400"
+        in caplog.text
+    )
     whole = make_encoder(tokenizer, template_type='auto', system='', system_typed=False, max_length=-1)
     assert set(whole.stop_ids) == set(tokenizer.convert_tokens_to_ids(['<|im_end|>', LARGE]))
 
@@ -128,7 +131,7 @@ def test_a_run_whose_template_ends_beyond_the_embedding_is_one_message(
     make_model(vocab_size=len(tokenizer) - 1).save_pretrained(tmp_path / 'base')
     tokenizer.save_pretrained(tmp_path / 'base')
     assert llm_sft.main(small_flags(tmp_path / 'base', data_file, tmp_path / 'out')) == 2
-    assert [line.startswith("template 'auto': a reply ends in") for line in problems()] == [True]
+    assert [line.startswith("template 'auto': replies end with") for line in problems()] == [True]
 
 
 @pytest.mark.slow

@@ -1,4 +1,8 @@
-"""Encoded rows: their ids, the spans that carry loss, and notes. Also the error for a row that is refused."""
+"""Rows as token ids, with the positions of the tokens that carry loss. Also the error for a row that is refused.
+
+A token carries loss if the model is trained to predict it. A span is a pair (start, end) of positions in the ids of a
+row. The position `end` is not part of the span.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,11 @@ IGNORE_INDEX = -100
 
 
 class RowRefused(ValueError):
-    """A row cannot be encoded. The row is counted under `reason`; `detail` is the part of the row that is wrong."""
+    """Says that a row cannot be encoded.
+
+    `reason` is the problem, and `detail` is the wrong part of the row, e.g. the path of an image. A report counts the
+    refused rows by `reason`.
+    """
 
     def __init__(self, reason: str, detail: str = '') -> None:
         super().__init__(f'{reason} [{detail}]' if detail else reason)
@@ -53,11 +61,11 @@ _BEGINNING = 64
 class Encoded:
     """A row as token ids, with the spans of ids that carry loss.
 
-    The first `prompt_length` ids are the prompt. In a row of plain text, the prompt is the first half of the ids, but
-    at most 64 ids. Inference continues this prompt. In training, it carries loss like the rest of the row.
+    A span (start, end) does not include `end`. `trained` is the span of the last reply that carries loss. `earlier` has
+    the spans of all replies before it that carry loss, in the order of the row.
 
-    `trained` is the half-open span (start, end) of the last reply that carries loss. `earlier` has the spans of the
-    replies before it that carry loss, in the order of the row.
+    The first `prompt_length` ids are the prompt, which inference continues. If the row is plain text, its prompt is the
+    first half of its ids, but at most 64 ids. In training, every id of plain text carries loss.
     """
 
     input_ids: list[int]
@@ -110,10 +118,12 @@ def cut_front(row: Encoded, max_length: int) -> Encoded:
 
 
 def mark_pieces(row: Encoded, spans: Sequence[tuple[int, int]]) -> Encoded:
-    """Return the row with its prompt split at the spans, so that each span becomes a separate item of `pieces`.
+    """Return the row with `pieces[0]`, the text of the prompt, split before and after each span.
 
-    Before the call, the first item of `pieces` is the whole prompt. Each span covers an earlier reply that carries
-    loss. The span is (start, end) in characters of the prompt.
+    For example, the prompt 'abcde' with spans [(1, 3)] becomes the pieces 'a', 'bc' and 'de'.
+
+    The prompt consists of all turns before the last reply, so it can contain replies. The spans are the positions
+    (start, end) of those replies that carry loss, in characters.
     """
     prompt, *others = row.pieces
     pieces: list[str] = []
@@ -135,7 +145,7 @@ def without_last(row: Encoded) -> Encoded:
 
 
 def row_labels(row: dict[str, Any]) -> list[int]:
-    """Return the labels of the row: its ids in the trained spans, and IGNORE_INDEX elsewhere.
+    """Return the labels of the row: its ids where they carry loss, and IGNORE_INDEX elsewhere.
 
     Position 0 is always IGNORE_INDEX, because the model never predicts the first token.
     """
@@ -151,10 +161,10 @@ Spans = Sequence[tuple[int, int]]
 
 
 def spans_of(row: dict[str, Any]) -> Spans:
-    """Return all half-open spans of a row that carry loss, in the order of the row."""
+    """Return the spans (start, end) of a row that carry loss, in order. The position `end` is not part of a span."""
     return [*row.get('earlier', ()), row['trained']]
 
 
 def trains_nothing(spans: Spans) -> bool:
-    """Return True if the spans contain no token that is predicted. The first token of a row is never predicted."""
+    """Return True if the model predicts no token in the spans. It never predicts the first token of a row."""
     return not any(end > max(start, 1) for start, end in spans)

@@ -1,4 +1,8 @@
-"""The base class of the encoders: the handling of images, the cut to max_length and the order of the steps."""
+"""The base class of the encoders, which convert rows to token ids.
+
+The base class handles images and plain text, and cuts long rows to max_length. Its subclasses apply the template to
+conversations.
+"""
 
 from __future__ import annotations
 
@@ -70,17 +74,17 @@ class Encoder:
     def switch(self) -> str | None:
         """Return the template setting with which a reply with reasoning is encoded, e.g. 'enable_thinking=True'.
 
-        Returns None if such a reply needs no setting.
+        Returns None if a reply with reasoning needs no setting.
         """
         return None
 
     @property
     def prompt_settings(self) -> Mapping[str, Any]:
-        """Return the template settings for a prompt whose reply is not known yet, as in inference."""
+        """Return the template settings for a prompt in inference, where the reply is not known yet."""
         return {}
 
     def identity(self) -> dict[str, Any]:
-        """Return every setting that affects the ids of a row. The tokenizer is not included."""
+        """Return a dict of all settings that affect the ids of a row. It does not include the tokenizer."""
         # A chat template that prints the date may print a different prompt tomorrow.
         today = time.strftime('%Y-%m-%d') if 'strftime_now' in str(self.tokenizer.chat_template) else None
         template = repr(TEMPLATE_MAPPING[self.name])
@@ -90,7 +94,7 @@ class Encoder:
     def embed(self, embedding: int | None) -> None:
         """Set the number of rows of the model's embedding. None means that every id of the tokenizer has a row.
 
-        End-of-turn tokens without a row are removed from `stop_ids`. Raises ConfigError if no token remains.
+        End-of-turn tokens without a row are removed from `stop_ids`. Raises ConfigError if `stop_ids` is then empty.
         """
         self.embedding = embedding
         beyond = [end for end in self.stop_ids if embedding is not None and end >= embedding]
@@ -100,13 +104,13 @@ class Encoder:
         self.stop_ids = [end for end in self.stop_ids if end not in beyond]
         if not self.stop_ids:
             raise ConfigError(
-                f"template '{self.name}': a reply ends in {named}, which is beyond the {embedding} rows of the "
-                "model's embedding. Choose another --template_type, or take model and tokenizer from the same "
+                f"template '{self.name}': replies end with {named}, but the model's embedding has rows only for ids "
+                f'below {embedding}. Choose another --template_type, or take model and tokenizer from the same '
                 'repository or folder.'
             )
         logger.warning(
-            f"template '{self.name}': {named} can end a turn and is beyond the {embedding} rows of the model's "
-            'embedding. So answers never stop at this token, and rows that contain this token are refused'
+            f"template '{self.name}': a turn can end with {named}, but the model's embedding has rows only for ids "
+            f'below {embedding}. So answers never end with this token, and rows that contain it are refused'
         )
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
@@ -123,9 +127,9 @@ class Encoder:
         return self.text.beginning()
 
     def _whole_texts(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Return each row of plain text encoded, without a cut.
+        """Return each row of plain text as token ids, without the cut to max_length.
 
-        The ids of a row are `beginning`, then the ids of the text, then the end-of-sequence token.
+        The ids of a row are `self.beginning`, then the ids of the text, then the end-of-sequence token.
         """
         texts = [row.messages[0]['content'] for row in rows]
         before = self.tokenizer.decode(self.beginning) if self.beginning else ''
@@ -146,8 +150,11 @@ class Encoder:
     def pieces_of(self, row: Encoded, max_length: int) -> list[Encoded]:
         """Split a row of plain text into rows of at most `max_length` ids. Any other row is returned as the only item.
 
-        Each row after the first begins with the ids that the tokenizer puts before a text. If the tokenizer puts none,
-        the row begins with the last id of the previous row. So the first id after a split is predicted too.
+        With `max_length` 3, the ids 1 2 3 4 5 become the rows 1 2 3 and 3 4 5. The id 3 is repeated, because the model
+        never predicts the first id of a row. Without the repetition, the model would not learn to predict 4.
+
+        If the tokenizer puts ids before a text, such as a begin-of-sequence token, each row begins with these ids, and
+        no id is repeated.
         """
         ids = row.input_ids
         if not row.is_text or not 0 < max_length < len(ids):
@@ -162,10 +169,12 @@ class Encoder:
         return pieces
 
     def encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Return the ids of the prompt of each row, as inference uses them: without the last reply.
+        """Return the prompt of each row as token ids. The prompt is the row without its last reply.
 
-        The prompt of plain text is the first half of its ids, at most 64 ids. Prompts longer than max_length lose ids
-        at the start.
+        If a row is plain text (`row.is_text`), it has no reply. Its prompt is the first half of its ids, but at most 64
+        ids.
+
+        If a prompt is longer than max_length, ids are removed from its start.
         """
         chats = [row for row in rows if not row.is_text]
         opened = [self.open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in chats]
@@ -186,9 +195,10 @@ class Encoder:
         return tuple(path for path, _ in self.open_images(row)[1])
 
     def open_images(self, row: Row) -> tuple[Row, FoundImages]:
-        """Return the row and its images. In the row, a random text (`self.text.image`) replaces each image tag.
+        """Return the row with its image tags replaced, and its images as a list of (path, number of features).
 
-        A row of plain text is returned unchanged, without images.
+        Each tag is replaced by the placeholder `self.text.image`, a text that no data can contain. A row of plain text
+        is returned unchanged, with an empty list.
         """
         if row.is_text:
             return row, []
@@ -198,9 +208,10 @@ class Encoder:
         return fill_slots(ids, found, self.images.slot, max_length) if self.images and found else ids
 
     def _finish(self, row: Encoded, source: Row, found: FoundImages) -> Encoded:
-        """Return the row with one image token for each feature of its images.
+        """Return the row with its images inserted: one image token for each feature of an image.
 
-        If `overlong` is 'cut' and the row is then longer than max_length, ids are removed from its start.
+        `source` is the same row before it was encoded. `found` are its images. If `overlong` is 'cut', a row longer
+        than max_length loses ids at the start.
         """
         if self.images is None and any('</img>' in turn['content'] for turn in source.messages):
             row.notes.append(TAGS_AS_TEXT)
@@ -224,17 +235,18 @@ class Encoder:
         raise NotImplementedError
 
     def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Return the ids of the prompt of each row. The last message of a row is the reply, which may be empty."""
+        """Return the prompt of each row as token ids. The last message of a row is its reply, which is not encoded."""
         raise NotImplementedError
 
     def check_chat(self) -> None:
         """Raise ConfigError if this encoder cannot encode a conversation."""
 
     def carries_loss(self, turn: Message, row: Row) -> bool:
-        """Return whether `turn` carries loss. It is a turn of `row` before the last reply.
+        """Return whether the model is trained on `turn`, which is a turn of `row` before the last reply.
 
-        The setting of the turn itself overrides --loss_scope, and --loss_scope overrides the setting of the row. Turns
-        of the user and empty replies never carry loss.
+        User turns and empty replies never carry loss. Otherwise, the key `loss` of the turn decides. Without this key,
+        the turn carries loss if the loss scope is all_rounds. The loss scope is --loss_scope or, if this flag is not
+        set, `row.loss_scope`.
         """
         is_empty = not (turn['content'].strip() or turn.keys() & {'tool_calls', 'reasoning'})
         is_reply = turn['role'] == 'assistant' and not is_empty
@@ -242,9 +254,9 @@ class Encoder:
         return is_reply and turn.get('loss', scope == 'all_rounds')
 
     def _spells_control(self, messages: Iterable[Message], tools: Sequence[Any] | None = None) -> bool:
-        """Return whether these messages or tools contain the text of a control token.
+        """Return whether these messages or tools contain the text of a control token, such as <|im_end|>.
 
-        Think tags in replies do not count.
+        Think tags, such as <think>, do not count in replies.
         """
         for message in messages:
             is_reply = message['role'] == 'assistant'

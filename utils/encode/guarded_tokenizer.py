@@ -1,10 +1,13 @@
-"""Converts text to token ids. Control tokens are active in template text and inert in data.
+"""Converts text to token ids. A control token in data is tokenised as plain text.
 
-Active means that the text of a control token becomes the id of this token. Inert means that it is tokenised as plain
-text. Control tokens are the special tokens of the tokenizer, and also all added tokens that the template itself prints.
-An example is `<｜User｜>` in DeepSeek's templates, which is not a special token of the tokenizer.
+A control token is a special token of the tokenizer, or an added token that the template prints, such as `<｜User｜>` in
+DeepSeek's templates. If the template prints `<|im_end|>`, the text becomes the id of this token. If the data of a user
+contains `<|im_end|>`, it must not end a turn. So it becomes several ids, like any other text.
 
-Guarded text is template text that contains data. In the data, a stand-in replaces each control token.
+A text that consists of template and data is converted in three steps:
+1. `guard` replaces each control token in the data by a stand-in, which is a random text.
+2. The template is filled with this data. The result is called guarded text.
+3. `guarded_ids` converts guarded text to ids. Each stand-in becomes the ids of the text that it replaced.
 """
 
 from __future__ import annotations
@@ -34,9 +37,9 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _is_pure_backend(tokenizer: Any) -> bool:
-    """Return whether the tokenizer adds nothing to its Rust backend.
+    """Return whether the tokenizer adds nothing to the Rust tokenizer that it contains.
 
-    Then the backend is called directly, which is faster.
+    If it adds nothing, the Rust tokenizer is called directly, which is faster.
     """
     from transformers import TokenizersBackend
 
@@ -51,16 +54,19 @@ def _any_of(spellings: Sequence[str]) -> re.Pattern[str]:
 
 
 def _is_printed(spelling: str, printed: str) -> bool:
-    """Return whether an added token is a marker, such as <|user|>, that occurs in the template text `printed`.
+    """Return whether an added token is a marker such as <|user|>, and occurs in the template text `printed`.
 
-    A word or whitespace is not a marker.
+    `spelling` is the text of the token. A word or whitespace is not a marker.
     """
     is_marker = len(spelling) > 2 and not (spelling[0].isalnum() or spelling[0].isspace() or spelling[0] == '▁')
     return is_marker and not spelling[-1].isalnum() and spelling in printed
 
 
 class TextTokenizer:
-    """Tokenises text in batches. Control tokens are active in template text and inert in data."""
+    """Tokenises text in batches. A control token in data is tokenised as plain text.
+
+    A control token is a special token, a think tag, or a token such as <|user|> that the template prints.
+    """
 
     def __init__(self, tokenizer: Any, *, template_text: str = '') -> None:
         """Find the control tokens. `template_text` is the source of the template.
@@ -109,7 +115,8 @@ class TextTokenizer:
     def ids(self, texts: Sequence[str], *, inert: bool = False) -> list[list[int]]:
         """Return the ids of each text, without start or end tokens.
 
-        With `inert`, control tokens in the texts become plain text. Only think tags stay active, as in replies.
+        If `inert` is False, a control token in a text becomes its id. If `inert` is True, it is tokenised as plain
+        text. A think tag, such as <think>, becomes its id in both cases.
         """
         if not texts:
             return []
@@ -140,7 +147,7 @@ class TextTokenizer:
         return next(whole[:at] for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
 
     def has_control(self, text: str, *, reply: bool = False) -> bool:
-        """Return whether the text contains a control token. In a reply, think tags do not count."""
+        """Return whether the text contains a control token. If `reply` is True, think tags do not count."""
         return (self._inert_in_replies if reply else self._active).search(text) is not None
 
     def last_control(self, text: str) -> tuple[int, int]:
@@ -168,20 +175,22 @@ class TextTokenizer:
         return self._active.sub('', text)
 
     def guard(self, data: str, *, reply: bool = False) -> str:
-        """Return the data with each control token replaced by a random stand-in. A reply keeps its think tags."""
+        """Return the data with each control token replaced by a stand-in, which is a random text.
+
+        If `reply` is True, think tags are not replaced.
+        """
         pattern = self._inert_in_replies if reply else self._active
         return pattern.sub(lambda m: f'{self._nonce}:{self._number[m[0]]};', data)
 
     def unguard(self, text: str) -> str:
-        """Return the text with each stand-in replaced by the text of its control token."""
+        """Return the text with each stand-in of `guard` replaced by the control token for which it stands."""
         return self._guarded.sub(lambda m: self._by_number[int(m[1])], text)
 
     def guarded_ids(self, text: str) -> list[int]:
-        """Return the ids of guarded text.
+        """Return the ids of template text that contains data. `guard` has replaced each control token in the data.
 
-        Guarded text is template text that contains data. In the data, `guard` has replaced each control token by a
-        stand-in. A control token of the template gets its own id. The control token behind a stand-in is tokenised as
-        plain text.
+        A control token in the text comes from the template, so it becomes its id. A stand-in of `guard` becomes the ids
+        of the text that it replaced. If it replaced `<|im_end|>`, these are the ids of `<`, `|`, `im` and so on.
         """
         if self._nonce not in text:
             return self.ids([text])[0]
@@ -201,12 +210,11 @@ class TextTokenizer:
         return f'{self._nonce}={number};'
 
     def _make_inert(self) -> tuple[Any, dict[int, int]]:
-        """Return (backend, real ids): a copy of the backend, and a dict from the ids of aliases to the real ids.
+        """Return a copy of the Rust tokenizer that reads control tokens as plain text, and a dict of ids.
 
-        An alias is a random text. In the text to tokenise, it stands for a control token of the template. The copy
-        recognises only the aliases as control tokens. The dict gives the id of the control token for which an alias
-        stands. An alias has the options of its control token, such as lstrip, so that the text next to it gets the same
-        ids.
+        A control token of the template must still become its id. So the caller first replaces it by an alias, which is
+        a random text. In the copy, each alias is one token. The dict leads from the id of an alias to the id of its
+        control token. It also leads from the copy's ids of other added tokens to their ids in the tokenizer.
         """
         from tokenizers import AddedToken, Tokenizer
 
@@ -217,6 +225,7 @@ class TextTokenizer:
         if self._backend.pre_tokenizer is not None:
             backend.pre_tokenizer = self._backend.pre_tokenizer
         tokens = self.tokenizer.added_tokens_decoder
+        # An alias gets the options of its control token, such as lstrip, so that the text next to it gets the same ids.
         controls, others = [], []
         for token in tokens.values():
             options = {name: getattr(token, name) for name in ('lstrip', 'rstrip', 'single_word', 'normalized')}
@@ -238,7 +247,7 @@ class TextTokenizer:
     def _guarded_ids_piecewise(self, text: str) -> list[int]:
         """Return the same ids as `guarded_ids`, for a tokenizer without a usable Rust backend.
 
-        The text is split at the control tokens of the template, and the parts between them are tokenised as plain text.
+        The text is split at its control tokens, and each part between them is tokenised as plain text.
         """
         ids: list[int] = []
         position = 0
@@ -256,7 +265,7 @@ class TextTokenizer:
         return ids
 
     def _text_ids(self, run: str) -> list[int]:
-        """Return the ids of guarded text that contains no active control token."""
+        """Return the ids of a text with stand-ins of `guard`, but without control tokens."""
         ids: list[int] = []
         # This tokenizer always finds added tokens that are not special. So the text of such a token is cut into two.
         cut = f'{self._nonce}/'
@@ -274,7 +283,7 @@ class TextTokenizer:
         return spelling if token.special else f'{spelling[:1]}{cut}{spelling[1:]}'
 
     def ids_after_control(self, text: str) -> list[int]:
-        """Return the ids of guarded text that comes after a control token.
+        """Return the ids that a text has directly after a control token. The text can contain stand-ins.
 
         Some tokenizers put a space before the first word of a text. This space is not added here.
         """

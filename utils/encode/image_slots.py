@@ -19,20 +19,23 @@ FoundImages = list[tuple[str, int]]
 
 
 def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
-    """Return the new position of each id after `fill_slots`. The last item is the new length."""
+    """Return the new position of each id after `fill_slots`. The last item is the new length.
+
+    For example, ids [5, slot, 6] with an image of 3 features give [0, 1, 4, 5].
+    """
     counts = iter(found)
     return [0, *accumulate(next(counts)[1] if token == slot else 1 for token in ids)]
 
 
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
-    """Return the row and its images. In the row, the text `stand_in` replaces each image tag of the user turns.
+    """Return the row with each image tag replaced by `stand_in`, and its images as (path, number of features).
 
-    Images from cells {bytes, path} need no tags. If no user turn has an image tag, such images come before the text of
-    the first user turn. Raises RowRefused if an image cannot be used.
+    Only tags in user turns are replaced. If no user turn has a tag, images from a column of {bytes, path} are put
+    before the text of the first user turn.
 
-    If `images` is None, the model has no vision tower. Then a row with images raises RowRefused. But images from cells
-    {bytes, path} are ignored if no user turn has an image tag. A row that is not refused is returned unchanged, with an
-    empty list.
+    Raises RowRefused if an image cannot be used. If the model has no vision tower, `images` is None, and a row with
+    images raises RowRefused. There is one exception: images from a column of {bytes, path} are ignored if they have no
+    tags.
     """
     if images is None:
         if row.images and not is_untagged(row):
@@ -55,10 +58,10 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
 
 
 def fill_slots(ids: list[int], found: FoundImages, slot: int, max_length: int) -> list[int]:
-    """Repeat the token `slot` of each image until the image has one token for each feature, and return the ids.
+    """Return the ids with the token `slot` of each image repeated, so that there is one token for each feature.
 
-    Raises RowRefused if `ids` does not have one slot for each image. Raises RowRefused also if the cut to `max_length`
-    would remove image tokens.
+    For example, ids [5, slot, 6] with an image of 3 features become [5, slot, slot, slot, 6]. Raises RowRefused if
+    `ids` does not have one slot for each image, or if the cut to `max_length` would remove image tokens.
     """
     if ids.count(slot) != len(found):
         raise RowRefused('the template does not print each image once')

@@ -25,10 +25,13 @@ def make_encoder(
     images: Images | None = None,
     embedding: int | None = None,
 ) -> Encoder:
-    """Return the encoder of a template. For the template `auto`, `system` is used only if the user typed it.
+    """Return the encoder for the template `template_type`.
 
-    If the template is `auto` and the tokenizer has no chat template, the encoder encodes only plain text. `embedding`
-    is the number of rows of the model's embedding. Pass it only if the tokenizer has more ids than this number.
+    If the template is `auto`, `system` is used only if `system_typed` is True, which means that the user set --system.
+    If the template is `auto` and the tokenizer has no chat template, the encoder encodes only plain text.
+
+    `embedding` is the number of rows of the model's embedding. Pass it only if the tokenizer has more ids than this
+    number.
     """
     template = TEMPLATE_MAPPING[template_type]
     options: dict[str, Any] = {'max_length': max_length, 'images': images}

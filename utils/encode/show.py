@@ -18,7 +18,7 @@ MARKS = ('⟦', '⟧')
 
 
 def show_row(tokenizer: Any, row: dict[str, Any], marks: tuple[str, str] = MARKS) -> str:
-    """Return the text of the row. `marks` are the texts that are written before and after each trained span."""
+    """Return the text of the row, with the two texts of `marks` before and after each span that carries loss."""
     ids = row['input_ids']
     text = ''
     position = 0

@@ -22,14 +22,14 @@ from utils.preprocess import Piece, Template
 
 
 class _Reply(str):
-    """An earlier reply that carries loss. Like the last reply, it is tokenised separately."""
+    """The text of a reply that carries loss and is not the last reply of its row. It is tokenised separately."""
 
 
 class TemplateEncoder(Encoder):
     """Encodes rows with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix of the template.
 
-    With --loss_scope all_rounds, loss also covers each earlier reply. If chat_sep has a token at which generation
-    stops, loss also covers chat_sep up to this token.
+    With --loss_scope all_rounds, loss also covers each earlier reply. The template prints its `chat_sep` after an
+    earlier reply. If generation stops at a token of `chat_sep`, loss also covers `chat_sep` up to this token.
     """
 
     def __init__(
@@ -56,7 +56,10 @@ class TemplateEncoder(Encoder):
         self._round_end = next(stops, 0)
 
     def _fill(self, pieces: Iterable[Piece], **data: str) -> list[str | list[int]]:
-        """Return the pieces with their placeholders filled. Token names, such as eos_token_id, become ids."""
+        """Return the pieces of a template with {{SYSTEM}}, {{QUERY}} and {{ROUND}} replaced by `data`.
+
+        Token names, such as eos_token_id, become ids.
+        """
 
         def fill(text: str) -> str:
             return re.sub(r'\{\{(SYSTEM|QUERY|ROUND)\}\}', lambda m: data[m[1]], text)
@@ -79,9 +82,11 @@ class TemplateEncoder(Encoder):
         return int(value)
 
     def _context(self, row: Row) -> tuple[list[str | list[int]], bool, list[str]]:
-        """Return (pieces, is guarded, notes) for the prompt of a row. Adjacent texts are joined into one piece.
+        """Return (pieces, is_guarded, notes) for a prompt. `row` has the messages of the prompt, not the last reply.
 
-        If the row contains the text of a control token, the pieces are guarded: a stand-in replaces this text.
+        A piece is a text or a list of token ids. `is_guarded` is True if the messages contain the text of a control
+        token, such as <|im_end|>. In the pieces, TextTokenizer.guard has then replaced this text by a random text.
+        `notes` says what is unusual about the row.
         """
         guarded = self._spells_control(row.messages)
         system = self.system
@@ -142,7 +147,10 @@ class TemplateEncoder(Encoder):
     def _encode_contexts(
         self, contexts: Sequence[tuple[list[str | list[int]], bool, list[str]]]
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Return (ids, spans) for each prompt. The spans are those of the earlier replies that carry loss."""
+        """Return (ids, spans) for each prompt. `contexts` has the return value of `_context` for each prompt.
+
+        The spans are (start, end) in the ids. Each span is a reply in the prompt that carries loss.
+        """
         plain = [p for pieces, guarded, _ in contexts if not guarded for p in pieces if isinstance(p, str) and p]
         plain_ids = iter(self.text.ids(plain))
         encoded = []
@@ -187,7 +195,10 @@ class TemplateEncoder(Encoder):
         ]
 
     def _texts(self, pieces: Sequence[str | list[int]]) -> list[str]:
-        """Return the text of a prompt as a list, split before and after each earlier reply that carries loss."""
+        """Return the pieces of a prompt as texts. Each reply that carries loss is an item of its own.
+
+        All other neighbouring pieces are joined to one item: 'a', 'b', _Reply('c'), 'd' become 'ab', 'c', 'd'.
+        """
         texts = ['']
         for piece in pieces:
             if isinstance(piece, _Reply):

@@ -64,9 +64,11 @@ class StepIntervals(TrainerCallback):
         return counts
 
     def _record(self, counts: StepCounts, *, schedule_is_ours: bool) -> None:
-        """Record each warning, and each number of steps that differs from the typed value, with the reason.
+        """Record the numbers of warm-up, evaluation and checkpoint steps if they differ from the flags.
 
-        If `schedule_is_ours` is False, DeepSpeed makes the schedule, and the warm-up is not recorded.
+        For example, --eval_steps 0.1 becomes 50 steps in a run of 500 steps. The warnings of `counts` are recorded and
+        logged. If `schedule_is_ours` is False, DeepSpeed makes the learning-rate schedule, and the warm-up is not
+        recorded.
         """
         flags = self.flags
         steps = f'of {counts.steps} steps'
@@ -179,7 +181,8 @@ class StopCallback(TrainerCallback):
     ) -> TrainerControl:
         """If any process has received a stop signal, request a checkpoint and the end of training.
 
-        If an evaluation is due at this step, the resumed run does it before its first step.
+        If an evaluation is due at this step, it is not done now. The run that resumes from the checkpoint does it
+        first.
         """
         trainer = self.trainer
         if trainer.stop_agreed and state.global_step < state.max_steps:

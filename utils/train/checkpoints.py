@@ -143,7 +143,10 @@ class Checkpoints:
             rotate(run_dir, limit=self.limit, best=trainer.state.best_model_checkpoint)
 
     def keep_only_best(self) -> None:
-        """Delete the last checkpoint after training, if an earlier one is the best and --save_total_limit is 1."""
+        """With --save_total_limit 1, delete the last checkpoint if an earlier checkpoint is the best one.
+
+        Call this after training.
+        """
         trainer = self.trainer
         if trainer.args.should_save and self.limit == 1 and not trainer.stopped:
             best = trainer.state.best_model_checkpoint

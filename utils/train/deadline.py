@@ -93,6 +93,7 @@ def _count_left(done: int, end: int, every: int) -> int:
 class Deadline(TrainerCallback):
     """Ends a run within the time of --max_minutes. It does nothing until `set` is called.
 
+    It sets the timetable of the run: the last step, and the position of each step in the learning-rate schedule.
     Process 0 measures the times and decides. All processes get the decision together with the loss of the step
     (Guard.judge), so they apply it at the same step.
     """
@@ -125,14 +126,15 @@ class Deadline(TrainerCallback):
             self.trainer.timetable.restore(repeated)
 
     def left(self, share: float) -> float:
-        """Return the seconds until this share of the time limit has passed."""
+        """Return the seconds until a share of the time limit has passed. The share is from 0 to 1."""
         assert self.minutes is not None, 'it is set'
         return self._started + share * self.minutes * 60 - now()
 
     def restore(self, stored: list[dict[str, Any]] | None) -> None:
-        """Use `stored`, the timetable in the resumed checkpoint. Does nothing without --max_minutes.
+        """Use the timetable `stored`, which was saved in the checkpoint from which this run resumes.
 
-        A run that repeats an earlier run keeps the timetable of that run.
+        Does nothing without --max_minutes. If this run repeats an earlier run, `stored` is ignored, because `set` has
+        received the timetable of the earlier run.
         """
         if stored and self.minutes is not None and not self._is_repeated:
             self.trainer.timetable.restore(stored)
@@ -140,7 +142,10 @@ class Deadline(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Use the timetable of the resumed or repeated run. Without a timetable, `plan` makes one later."""
+        """Set the last step of the run, if it resumes or repeats a run that has a timetable.
+
+        Without a timetable, `plan` chooses the last step later from measured times.
+        """
         self.asked = state.max_steps
         timetable = self.trainer.timetable
         if self.minutes is None or not timetable.segments:

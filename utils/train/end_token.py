@@ -1,6 +1,8 @@
 """Find end-of-turn tokens that the base model never learnt.
 
-LoRA cannot teach them, because it does not change the output head.
+The output head of a model has one row of weights for each token. Many models have tokens that no text of their training
+contained, such as <unused1>. The rows of these unused tokens look alike. If the row of an end-of-turn token looks like
+them, the base model never learnt this token. LoRA cannot teach it, because LoRA does not change the output head.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ _NEAR = 0.85
 def warn_of_untrained_ends(
     model: Any, tokenizer: Any, stop_ids: Iterable[int], *, trained: Collection[int] = ()
 ) -> None:
-    """Log a warning if the row of an end-of-turn token in the output head looks like the rows of unused tokens.
+    """Log a warning if the base model never learnt one of its end-of-turn tokens `stop_ids`.
 
-    The tokens `trained` are not checked, because the run trains their rows.
+    If `stop_ids` is empty, the end-of-sequence token is checked. The tokens `trained` are not checked, because the run
+    trains their rows of the output head.
     """
     ends = sorted((set(stop_ids) or {tokenizer.eos_token_id}).difference(trained))
     untrained = untrained_ids(model.get_output_embeddings(), tokenizer, ends)
@@ -44,11 +47,10 @@ def warn_of_untrained_ends(
 
 
 def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
-    """Return the ids whose rows in the output head look like the rows of unused tokens.
+    """Return those of `ids` that the base model never learnt. `head` is the output head, with one row for each token.
 
-    Tokens with a name such as <unused1>, and rows without a token, are known to be unused. A row looks unused if it is
-    about as similar to the known unused rows as these rows are to each other. Returns an empty list if the head is
-    sharded or quantised, or if unused rows cannot be distinguished from the rows of words.
+    An id is returned if its row looks like the rows of unused tokens, such as <unused1>. Returns an empty list if the
+    head is sharded or quantised. Returns an empty list also if the rows of unused tokens look like the rows of words.
     """
     import torch
 
@@ -87,18 +89,17 @@ def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
     if float(unused_rows.norm(dim=1).median()) <= zero_norm:
         return [token for token, row in zip(checked, end_rows, strict=True) if float(row.norm()) <= zero_norm]
 
-    def similarity(found: Any) -> Any:
-        """Return the cosine similarity of each row of `found` to each unused row, as a matrix."""
+    def cosines_to_unused_rows(found: Any) -> Any:
         return torch.nn.functional.normalize(found, dim=1) @ torch.nn.functional.normalize(unused_rows, dim=1).T
 
-    among_unused = similarity(unused_rows)
+    among_unused = cosines_to_unused_rows(unused_rows)
     is_pair = ~torch.eye(len(unused_rows), dtype=torch.bool)
     of_unused = float(among_unused[is_pair].median())
-    of_words = float(similarity(word_rows).median())
+    of_words = float(cosines_to_unused_rows(word_rows).median())
     if of_unused - of_words < _MIN_SEPARATION:
         return []
     bound = of_words + _NEAR * (of_unused - of_words)
-    of_ends = similarity(end_rows).median(dim=1).values
+    of_ends = cosines_to_unused_rows(end_rows).median(dim=1).values
     return [token for token, found in zip(checked, of_ends, strict=True) if found >= bound]
 
 

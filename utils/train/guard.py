@@ -126,12 +126,13 @@ class Guard(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the loss and the gradients of the step, and log a warning if the loss is a spike.
+        """Check the loss and the gradients of a step, and log a warning if the loss is a spike.
 
         Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
 
-        If `judges_late` returns True, the previous step is checked instead. The optimizer is then told to skip the
-        present step if its loss or norm is not finite.
+        If `judges_late` returns False, the current step is checked. If it returns True, the previous step is checked,
+        and the current step is checked at the next call. If the loss or the gradients of the current step are not
+        finite, the optimizer skips the current step.
         """
         step = state.global_step + 1
         if not judges_late(self.trainer):
@@ -150,7 +151,7 @@ class Guard(TrainerCallback):
             self._conclude(before, losses, norm, sums)
 
     def settle(self) -> None:
-        """Check the loss and the gradients of the last step, if `judge` has not checked them yet.
+        """Check the loss and the gradients of the last step, if they are not checked yet.
 
         Every process must call this at the same step.
         """
@@ -162,21 +163,23 @@ class Guard(TrainerCallback):
         self._conclude(before, losses, norm, dist.sums(_to_sum(losses, norm)))
 
     def _conclude(self, taken: _Taken, losses: list[float], norm: float, sums: Sequence[float]) -> None:
-        """Check a step, and report a loss spike.
+        """Check the step `taken`, and log a warning if its loss is a spike.
 
-        `losses` and `norm` are the values of this process. `sums` are the sums of `_to_sum` over all processes.
+        `losses` are the losses of the micro-batches on this process, and `norm` is the gradient norm on this process.
+        `sums` has three sums over all processes: the loss, the number of processes whose loss is not finite, and the
+        number of processes whose norm is not finite.
         """
         loss = self._verdict(f'step {taken.step}', losses, norm, sums, taken.batches)
         self._judge_spike(taken.step, loss, losses, taken.batches)
 
     def judge(self, where: str) -> tuple[float, list[float]]:
-        """Check the loss and the gradients of a step. `where` is the name of the step in messages.
+        """Check the loss and the gradients of a step. `where` names the step in messages, e.g. 'step 5'.
 
         Returns the loss of the step over all processes, and the losses of this process's micro-batches. Raises
         ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
 
         Also sets two attributes to the same value in all processes. `trainer.stop_agreed` says whether any process has
-        received a stop signal. `trainer.deadline.agreed` is the new last step of the run, or 0 for no change.
+        received a stop signal. `trainer.deadline.agreed` is the step after which the run is to end, or 0 for no change.
         """
         losses = torch.stack(self.losses).tolist()
         norm = self._norm_value()
@@ -186,7 +189,9 @@ class Guard(TrainerCallback):
     def _exchange(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over all processes.
 
-        The stop signals and the new last step are exchanged in the same collective operation (see `judge`).
+        The same collective operation also shares two other values. `trainer.stop_agreed` becomes True if any process
+        has received a stop signal. `trainer.deadline.agreed` becomes the step after which training is to end, or 0 for
+        no change.
         """
         trainer = self.trainer
         *found, signals, end = dist.sums([*values, trainer.signals.signum, trainer.deadline.proposal()])
@@ -202,7 +207,12 @@ class Guard(TrainerCallback):
         sums: Sequence[float],
         batches: Sequence[dict[str, Any]],
     ) -> float:
-        """Return the loss of a step over all processes. Raises ConfigError as `judge` does."""
+        """Return the loss of a step over all processes.
+
+        `sums` has three sums over all processes: the loss, the number of processes whose loss is not finite, and the
+        number of processes whose norm is not finite. Raises ConfigError if the loss or the gradients are not finite, or
+        if every gradient is zero.
+        """
         total, any_bad_loss, any_bad_norm = sums
         loss = total / dist.world_size()
         if any_bad_loss:
@@ -278,9 +288,10 @@ class Guard(TrainerCallback):
         )
 
     def judge_evaluation(self, where: str, sums: Any, rows: Iterable[int]) -> None:
-        """Raise ConfigError if the loss of a validation row is not finite. `where` is the step in the message.
+        """Raise ConfigError if the loss of a validation row is not finite.
 
-        `sums` has 3 numbers for each row. The first number is the loss. `rows` are the indices of the rows.
+        `where` names the step in the message, e.g. 'step 100'. `rows` are the indices of the rows in the validation
+        set. `sums` has one item for each row, and the first number of an item is the loss.
         """
         bad = [index for index, (loss, *_) in zip(rows, sums, strict=False) if not math.isfinite(loss)]
         if bad:
@@ -334,7 +345,7 @@ def judges_late(trainer: Any) -> bool:
 
 
 def _to_sum(losses: list[float], norm: float | None) -> list[float]:
-    """Return three numbers to sum over processes: the loss, whether it is not finite, whether the norm is not finite.
+    """Return [loss, is the loss not finite, is the norm not finite] of this process, to be summed over all processes.
 
     A loss that is not finite counts as 0.
     """

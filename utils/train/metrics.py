@@ -22,8 +22,8 @@ Metrics = Callable[['EvalPrediction'], dict[str, float]]
 class ValidationSets:
     """The rows of an evaluation, and the names of the sets of --val_dataset.
 
-    `names` is {number of a set: its name}. `rows.parts()` says to which set each row belongs, as a number. If `names`
-    is empty, there are only metrics over all rows together.
+    `names` is a dict from the number of a set to its name. `rows.parts()` returns the number of the set of each row. If
+    `names` is empty, there are only metrics over all rows together.
     """
 
     rows: EncodedRows
@@ -72,8 +72,10 @@ class GenerationMetrics:
 
     The main process computes the scores and sends them to the other processes, because a score function of the user can
     return different numbers in each process. If the main process cannot compute the scores, every process raises the
-    same ConfigError. `held_out` is {origin: validation row}, for score functions of the user. The origin is the file
-    and the line of a row.
+    same ConfigError.
+
+    `held_out` is for score functions of the user. It is a dict from the origin of a validation row (its file and line)
+    to the row.
     """
 
     def __init__(self, tokenizer: Any, scores: Scores, sets: ValidationSets, held_out: Mapping[str, Row]) -> None:

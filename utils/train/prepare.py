@@ -67,13 +67,13 @@ def find_targets(
     if refused := [name for name in modules if last_name(name) in taken]:
         raise ConfigError(
             f'--lora_target_modules {", ".join(refused)}: PEFT cannot put LoRA on these linear layers of '
-            f'{type(model).__name__}, because PEFT mistakes their names for names of experts. To train the experts, '
-            f'use --lora_target_modules {",".join(sorted(experts))}.'
+            f'{type(model).__name__}, because PEFT uses their names for the stacked experts. Remove these names, or '
+            f'train the stacked experts with --lora_target_modules {",".join(sorted(experts))}.'
         )
     if taken and (several := [word for word in wanted if word in ALL or word.startswith(PATTERN)]):
         logger.info(
             f'--lora_target_modules {several[0]} puts no LoRA on the linear layers {", ".join(sorted(taken))}, because '
-            'PEFT mistakes the names of these layers for names of experts'
+            'PEFT uses their names for the stacked experts'
         )
     return modules, list(parameters)
 
@@ -241,8 +241,8 @@ def _put_adapter(
         packed = fuse_packed(prepared)
         if packed:
             logger.info(
-                f'tuner_backend = swift: {packed} packed layers unpack their weight again in the backward pass, which '
-                'needs less memory'
+                f'tuner_backend = swift: {packed} GPTQ layers unpack their weight a second time in the backward pass. '
+                'So they need not keep the unpacked weight in memory'
             )
     logger.info('LoRA is on ' + ', '.join(f'{count} x {name}' for name, count in counts.items()))
     if places.parameters:

@@ -55,9 +55,10 @@ class RowLosses(TrainerCallback):
             self._write({})
 
     def _compute(self) -> None:
-        """Compute the losses and store them in `before`. Nothing is stored if a stop signal arrives.
+        """Compute the losses of `self.rows`, and store them in `self.before`.
 
-        The random state is restored afterwards.
+        If a stop signal arrives, nothing is stored. The state of the random generators is the same before and after the
+        call.
         """
         assert self.rows is not None, 'checked'
         random = random_state()
@@ -86,7 +87,7 @@ class RowLosses(TrainerCallback):
     def _write(self, sums: dict[str, list[float]]) -> None:
         """Write a line for each row that has a loss before or after training.
 
-        `sums` are the results after training, as `_by_origin` returns them.
+        `sums` has the results after training: a dict from the origin of a row to its [loss, hits, trained tokens].
         """
         lines = []
         for origin in dict.fromkeys([*sums, *self.before]):
@@ -102,10 +103,10 @@ class RowLosses(TrainerCallback):
 
 
 def _by_origin(rows: EncodedRows, sums: Any) -> dict[str, list[float]]:
-    """Return {origin of a row (file and line): its sums}.
+    """Return a dict from the origin of a row (its file and line) to its [loss, hits, trained tokens].
 
-    `sums` (N, 3) has the loss, hits and trained tokens of each encoded row. A row that was split (--overlong split) has
-    several encoded rows, whose sums are added.
+    `sums` (N, 3) has these three numbers for each encoded row. With --overlong split, a row can have several encoded
+    rows. Their numbers are added.
     """
     found: dict[str, list[float]] = {}
     for index, new in enumerate(sums.tolist()):

@@ -131,7 +131,7 @@ def check_saved(model: Any, args: SftArguments, expected: Sequence[str]) -> None
 
 
 def token_tables(model: PreTrainedModel, ids: Sequence[int], copied: Collection[str]) -> dict[str, list[int]]:
-    """Return {path of a layer: ids of its trained rows} for the new tokens `ids`.
+    """Return a dict from the path of a layer to the ids of its trained rows. `ids` are the ids of new tokens.
 
     The layers are the input embedding and the output head. A head that is tied to the embedding is left out. Layers in
     `copied` are left out too, because they are trained whole. Raises ConfigError if the head is not in `copied` and has

@@ -16,11 +16,18 @@ MakeSchedule = Callable[[int], LambdaLR]
 class Segment:
     """A part of a run in which the learning-rate schedule advances at a constant pace.
 
-    The schedule was made for `steps` steps. `first` and `last` count the optimizer steps of the run. When `first` steps
-    are done, the segment begins, and the schedule is at `position`. `position` is a step of the schedule, and can be
-    fractional. When `last` steps are done, the schedule is at its last step.
+    For example, a run and its schedule have 100 steps. After 40 steps, the run turns out to be too slow, and must end
+    after step 70. So the other 60 steps of the schedule are spread over 30 steps of the run:
 
-    The run ends after step `end`. A step that fp16 skips counts for `end`, but is not an optimizer step.
+        Segment(steps=100, first=40, position=40.0, last=69, end=70)
+
+    - `steps`: the number of steps of the schedule.
+    - `first`: how many steps of the run are complete when the segment begins.
+    - `position`: the step of the schedule at which the segment begins. It can be fractional.
+    - `last`: how many steps of the run are complete when the schedule is at its last step.
+    - `end`: the number of the last step of the run.
+
+    With fp16, `end` also counts the steps that the optimizer skips. `first` and `last` do not count them.
     """
 
     steps: int
@@ -41,7 +48,11 @@ class Segment:
 
 
 class Timetable:
-    """The segments of a run. Without segments, the run follows the schedule of its flags."""
+    """Says at which step of the learning-rate schedule each step of a run is. Used for --max_minutes.
+
+    It is a list of Segment objects. `plan` makes the first segment. `shorten` adds a segment that ends the run earlier.
+    While the list is empty, the learning-rate schedule is not changed.
+    """
 
     def __init__(self) -> None:
         self.segments: list[Segment] = []

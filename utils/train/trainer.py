@@ -402,7 +402,7 @@ class SftTrainer(Seq2SeqTrainer):
         return output
 
     def sums_by_row(self, rows: EncodedRows) -> Any:
-        """Return (N, 3): the summed loss, the hits (correctly predicted tokens) and the trained tokens of each row."""
+        """Return (N, 3) for N rows: summed loss, hits (correctly predicted tokens) and trained tokens of each row."""
         self.gather_function = self.accelerator.gather_for_metrics
         loader = self.get_eval_dataloader(rows)
         return super().evaluation_loop(loader, 'rows', prediction_loss_only=False).predictions
@@ -548,10 +548,10 @@ def _leaving_on_cpu(loader: Any) -> Any:
 
 
 def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return the ids of the last reply of each row. All earlier replies belong to the prompt.
+    """Return the token ids of the last reply of each row in a batch. They are all ids after the prompt of the row.
 
-    If the last reply carries loss, these are the labels after the prompt. Otherwise they are all input ids after the
-    prompt.
+    If the last reply carries loss, its labels are returned instead: the ids that carry loss, and IGNORE_INDEX
+    elsewhere.
     """
     replies = []
     ids_of_rows = split_rows(inputs, 'input_ids')
@@ -592,8 +592,8 @@ def build_trainer(
     """Return the trainer of a run.
 
     The main process passes the log lines to the trackers of --report_to, and writes training_args.json. `scores` are
-    for --predict_with_generate. `held_out` is {origin: validation row}, for score functions of the user. The origin is
-    the file and the line of a row.
+    for --predict_with_generate. `held_out` is for score functions of the user. It is a dict from the origin of a
+    validation row (its file and line) to the row.
     """
     setup = TrainerSetup(
         run=run,
