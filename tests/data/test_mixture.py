@@ -197,7 +197,7 @@ def test_repeated_rows_are_counted_once_in_the_account_and_a_skipped_row_is_miss
     told = data.summary['account']['fields']['user text']['context']
     stored = data.summary['train']['distinct_rows']
     assert stored == 4 + usable and told == 2 * (stored - 1) + len(bad['query'])
-    assert 'a repeated row is counted only once in these three totals: characters, notes, skipped rows' in caplog.text
+    assert 'an epoch trains some rows several times' in caplog.text
 
 
 def test_rows_that_the_template_skips_are_said_to_be_missing_from_the_mixture(
@@ -345,7 +345,7 @@ def test_processes_divide_a_mixed_stream(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_mixed_stream_without_rows_of_a_source_ends_with_an_error(tmp_path: Path) -> None:
     words = [f'{numbered(tmp_path, "a", 3)}%0.5', f'{numbered(tmp_path, "b", 40)}%0.5']
     with pytest.raises(
-        ConfigError, match='a.jsonl: no training row is left to fill its share. Its rows are skipped or'
+        ConfigError, match='a.jsonl: this data set has no row left for training. All its rows are skipped or'
     ):
         next(iter(make(words, val_rows=3)))
 

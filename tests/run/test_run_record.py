@@ -120,7 +120,9 @@ def test_data_that_changed_are_refused_on_serving_and_on_resuming(
     write_jsonl(data, [{'query': 'new', 'response': 'one more'}, *made_rows(20)])
     assert llm_infer.main(serve) == 2
     assert problems()[-1].startswith(f'--dataset {data}: the rows have changed since checkpoint-2 was trained')
-    assert '20 rows then and 21 now). Put the data back, or type --dataset to answer all rows' in problems()[-1]
+    assert ': 20 rows then (sha256 ' in problems()[-1]
+    assert ', 21 rows now (sha256 ' in problems()[-1]
+    assert 'Put the data back, or type --dataset to answer all rows' in problems()[-1]
     run_sft(*flags, '--resume_from_checkpoint', str(run / 'checkpoint-1'), expect=2)
     assert problems()[-1].startswith(f'--dataset {data}: the rows have changed since checkpoint-1 was trained')
     assert problems()[-1].endswith('or leave --resume_from_checkpoint out to start a new run.')

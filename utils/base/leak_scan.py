@@ -48,12 +48,13 @@ Bytes = bytes | mmap.mmap
 
 
 def find_secrets(environment: Mapping[str, str], typed: Mapping[str, str | None]) -> dict[str, str]:
-    """Return a dictionary from descriptions to secrets, for example {'the variable HF_TOKEN': 'hf_...'}.
+    """Return the secrets to search for, as a dict from a description of each secret to its value.
 
-    The secrets are the values of environment variables with secret-like names, and the values in `typed`.
+    For example, the result is {'the variable HF_TOKEN': 'hf_...', '--hub_token': 'ms-...'}.
 
-    `typed` is a dictionary of the same form with the values of flags, for example {'--hub_token': 'hf_...'}. Values
-    that are None or too short to search for are left out.
+    The secrets are the values of environment variables with secret-like names, and the values in `typed`. `typed` is a
+    dict from flags to their values, for example {'--hub_token': 'ms-...'}. A value that is None or has fewer than 8
+    characters is left out.
     """
     named = {f'the variable {name}': value for name, value in environment.items() if _NAMES.search(name)}
     named |= {name: value for name, value in typed.items() if value}
@@ -61,9 +62,10 @@ def find_secrets(environment: Mapping[str, str], typed: Mapping[str, str | None]
 
 
 def hide_secrets(text: str, secrets: Mapping[str, str]) -> str:
-    """Return the text with <secret> in place of each secret and each token that scan_tree would find.
+    """Return the text with each secret replaced by <secret>.
 
-    `secrets` is a dictionary from descriptions to secrets.
+    `secrets` is a dict from a description of each secret to its value, for example {'--hub_token': 'ms-...'}. Private
+    keys and tokens of well-known services (for example hf_...) are replaced even if `secrets` does not contain them.
     """
     data = text.encode('utf-8', 'surrogatepass')
     for encoded in sorted({e for secret in secrets.values() for e in _encodings(secret)}, key=len, reverse=True):
@@ -75,9 +77,11 @@ def hide_secrets(text: str, secrets: Mapping[str, str]) -> str:
 
 
 def scan_tree(folder: Path, secrets: Mapping[str, str]) -> list[str]:
-    """Scan all files of a folder. Return one line for each finding: `<file>: <what was found>`.
+    """Search all files of a folder for secrets and pickles. Return one line for each finding.
 
-    `secrets` is a dictionary from descriptions to secrets. A secret itself is never shown.
+    A line is `<file>: <what was found>`. It does not show the secret itself. `secrets` is a dict from a description of
+    each secret to its value, for example {'--hub_token': 'ms-...'}. Private keys and tokens of well-known services (for
+    example hf_...) are found even if `secrets` does not contain them.
     """
     scan = _Scan(secrets)
     for path in sorted(p for p in folder.rglob('*') if p.is_file()):
@@ -145,9 +149,9 @@ class _Scan:
                 self.add(location, 'a pickle')
 
     def _members(self, data: Bytes) -> Iterator[tuple[str, bytes | None]]:
-        """Yield the name and the content of each member of an archive. Yield nothing if `data` is not an archive.
+        """Yield (name, content) for each file in an archive. Yield nothing if `data` is not an archive.
 
-        The content is None if it is too large to unpack.
+        If a file is too large to unpack, its content is None.
         """
         import bz2
         import gzip
@@ -195,8 +199,8 @@ def _encodings(secret: str) -> list[bytes]:
 def _vocabulary(location: str, data: Bytes) -> tuple[set[str], bytes]:
     """Return the words in the vocabulary of a tokenizer file, and the rest of its content as bytes.
 
-    The vocabulary comes from the base model, so a word in it that equals a password is no leak. `location` is the path
-    of the file. Returns (set(), b'') if the file is not a tokenizer file.
+    The vocabulary comes from the base model. So if a word of the vocabulary equals a password, the password was not
+    leaked. `location` is the path of the file. If the file is not a tokenizer file, (set(), b'') is returned.
     """
     name = location.rpartition('/')[2]
     try:
@@ -269,8 +273,9 @@ def _from_base64(text: bytes) -> bytes:
 
 
 def scan_for_push(folder: Path, token: str) -> list[str]:
-    """Scan a folder before it is pushed. Return one line for each finding. An empty list allows the push.
+    """Search a folder for secrets and pickles before it is pushed to a hub. Return one line for each finding.
 
-    The scan searches for `token`, the secrets of the environment, and everything that `scan_tree` always finds.
+    If the list is empty, the folder may be pushed. The scan searches for `token`, for the values of environment
+    variables with secret-like names, for private keys, and for tokens of well-known services.
     """
     return scan_tree(folder, find_secrets(os.environ, {'the token of this push': token}))

@@ -22,10 +22,10 @@ def user_names(environment: Mapping[str, str], home: Path) -> set[str]:
 
 
 def scrubber(secrets: Mapping[str, str]) -> Callable[[str], str]:
-    """Return a function that replaces private text: secrets, the home folder and user names.
+    """Return a function that replaces private text in a string: secrets, the home folder and user names.
 
-    `secrets` is a dictionary from descriptions to secrets. A secret becomes <secret>, and the home folder becomes ~. A
-    user name in a path becomes `user`.
+    `secrets` is a dict from a description of each secret to its value, for example {'--hub_token': 'ms-...'}. A secret
+    becomes <secret>, and the home folder becomes ~. A user name in a path becomes `user`.
     """
     home = Path.home()
     replaced = [

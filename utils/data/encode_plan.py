@@ -1,6 +1,6 @@
 """Encodes rows to token ids, in batches, and stores the ids in flat files.
 
-Every row that is skipped or altered is counted by reason, and the locations of the first such rows are kept.
+Rows that are skipped or altered are counted, separately for each reason. The locations of the first of them are kept.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ T = TypeVar('T')
 
 
 class UsedRow(NamedTuple):
-    """A training or validation row.
+    """A training or validation row of a data set.
 
-    `use` is TRAIN or VAL. `part` is the index of the row's part in Plan.parts. An epoch trains the row `times` times.
+    `use` is TRAIN or VAL. `part` is the index of the row's data set in Plan.parts. `times` is the number of times that
+    one epoch trains the row.
     """
 
     row: Row
@@ -60,9 +61,9 @@ class UsedRow(NamedTuple):
 
 
 class EncodedAgain:
-    """Encodes a row a second time, with some columns changed.
+    """Converts and encodes a row a second time, with other values in some columns.
 
-    utils/encode/account.py compares both results, to find out how a column is used.
+    utils/encode/account.py compares both results, to find out what each column is used for.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -98,10 +99,12 @@ def encode_batch(
     report: EncodingReport,
     result: Callable[[], list[Encoded]] | None = None,
 ) -> Iterator[tuple[Row, Encoded]]:
-    """Yield (row, encoded row) for each row that can be trained on.
+    """Encode rows, and yield (row, encoded row) for each row that can be trained on.
 
-    Skipped rows and rows with notes are added to the report. `result` is given if a different thread encodes the rows.
-    `result` waits for this thread and returns the encoded rows, or raises the error of the thread.
+    Skipped rows, and notes on the other rows, are counted in `report`.
+
+    If another thread is encoding the rows already, `result` is a function that waits for that thread. It returns the
+    encoded rows, or raises the error of that thread. If `result` is None, the rows are encoded in the current thread.
     """
     try:
         encoded = result() if result else encoder.encode(rows)
@@ -133,10 +136,11 @@ def encode_batch(
 
 
 def _keeps_long(encoder: Encoder, ids: Encoded, row: Row, report: EncodingReport) -> bool:
-    """Return whether a row that is longer than --max_length is used. If it is not, the row is added to the report.
+    """Return whether a row that is longer than --max_length is kept. If it is not kept, count it in `report`.
 
-    Only plain text with --overlong split is used; the caller splits it. With --overlong cut, rows are already cut.
+    The row is kept only if --overlong is split and the row is plain text. The caller then splits the row.
     """
+    # With --overlong cut, the encoder has cut the row already.
     if encoder.overlong == 'split' and ids.is_text:
         ids.notes.append(SPLIT)
         return True
@@ -148,7 +152,7 @@ def _keeps_long(encoder: Encoder, ids: Encoded, row: Row, report: EncodingReport
 
 
 def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
-    """Raise ConfigError if a row contains an id that is not in the model's embedding."""
+    """Raise ConfigError if a token id of the row is too large for the embedding of the model."""
     if encoder.embedding is None:
         return
 
@@ -162,9 +166,10 @@ def _check_embedded(encoder: Encoder, row: Row, ids: Encoded) -> None:
 
 
 def encode_rows(encoder: Encoder, rows: Sequence[Row], report: EncodingReport) -> tuple[EncodedRows, list[Row]]:
-    """Return (encoded rows, source rows). The second list has only the source rows that were encoded.
+    """Encode rows, and return (encoded rows, rows that were encoded). The second list lacks the skipped rows.
 
-    Skipped rows and rows with notes are added to the report. Raises ConfigError if --overlong refuses a row.
+    Skipped rows, and notes on the other rows, are counted in `report`. Raises ConfigError if a row is longer than
+    --max_length and --overlong neither cuts, drops nor splits it.
     """
     encoded = EncodedRows()
     kept_rows = []
@@ -190,9 +195,10 @@ def batches(rows: Iterable[T], size: int = BATCH_ROWS) -> Iterator[list[T]]:
 def _encode_ahead(
     encoder: Encoder, batches: Iterable[list[T]], row_of: Callable[[T], Row]
 ) -> Iterator[tuple[list[T], Callable[[], list[Encoded]]]]:
-    """Yield (batch, function) for each batch. The function waits for the encoded rows and returns them.
+    """Yield (batch, function) for each batch. The function waits for the encoded rows of the batch and returns them.
 
-    While the caller works on a batch, threads encode the next batches. `row_of` returns the row of an item.
+    While the caller works on a batch, threads encode the next batches. `row_of` is a function that returns the row of
+    an item of a batch.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         submitted: deque[tuple[list[T], Callable[[], list[Encoded]]]] = deque()
@@ -206,7 +212,7 @@ def _encode_ahead(
 
 
 def _used_rows(plan: Plan, account: Account) -> Iterator[UsedRow]:
-    """Yield each training or validation row once. The characters of all other rows are counted in `account`."""
+    """Yield each training row and each validation row once. Count the characters of all other rows in `account`."""
     for number, part in enumerate(plan.parts):
         position = -1
         for use, (_, raw, row) in part.used():
@@ -222,10 +228,13 @@ def _used_rows(plan: Plan, account: Account) -> Iterator[UsedRow]:
 
 
 def encode_used(encoder: Encoder, plan: Plan, report: EncodingReport) -> Iterator[list[tuple[UsedRow, Encoded]]]:
-    """Encode the rows of a plan, and yield them in batches. Skipped rows and rows with notes are added to the report.
+    """Encode the training and validation rows of a plan, and yield lists of (row, encoded row).
 
-    A row that is split (--overlong split) gives several encoded rows. Raises ConfigError if --overlong refuses a row or
-    if every row of a set of --val_dataset was skipped.
+    Skipped rows, and notes on the other rows, are counted in `report`. With --overlong split, a long row of plain text
+    gives several encoded rows.
+
+    Raises ConfigError if a row is longer than --max_length and --overlong neither cuts, drops nor splits it. Also
+    raises ConfigError if all rows of a data set of --val_dataset are skipped.
     """
     again = EncodedAgain(encoder)
     kept: Counter[int] = Counter()
@@ -249,7 +258,7 @@ def encode_used(encoder: Encoder, plan: Plan, report: EncodingReport) -> Iterato
 
 
 def encode_to_files(encoder: Encoder, plan: Plan, folder: Path) -> None:
-    """Encode the rows of a plan in batches, and write the encoded rows and the report to a folder.
+    """Encode the training and validation rows of a plan, and write the encoded rows and the report to a folder.
 
     Raises ConfigError if no training row is left.
     """
@@ -269,10 +278,11 @@ def encode_to_files(encoder: Encoder, plan: Plan, folder: Path) -> None:
     (folder / _REPORT).write_text(json.dumps(dataclasses.asdict(report)), encoding='utf-8')
 
 
-def _key(encoder: Encoder, plan: Plan) -> str:
+def _cache_key(encoder: Encoder, plan: Plan) -> str:
     """Return the cache key of the encoded rows: a hash of everything that decides their token ids.
 
-    The hash covers the rows and their uses, the tokenizer, the template, the flags, the code and the library versions.
+    The hash covers the rows, the tokenizer, the template, the flags, the code and the library versions. It also covers
+    which rows are for training and which are for validation.
     """
     digest = hashlib.sha256(plan.digest.encode())
     digest.update(json.dumps(encoder.identity(), sort_keys=True).encode())
@@ -313,7 +323,7 @@ class PreparedData:
         return {**self.summary, **self.at_end()}
 
     def spread(self, count: int) -> list[dict[str, Any]]:
-        """Return up to `count` training rows at equal distances. For a stream, return its first `count` rows."""
+        """Return up to `count` training rows, evenly spaced. For a stream, return its first `count` rows."""
         if not isinstance(self.train, EncodedRows):
             return self.train.first(count)
         count = min(count, len(self.train))
@@ -323,9 +333,9 @@ class PreparedData:
 def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows, EncodingReport]:
     """Return the encoded training rows, the encoded validation rows, and the encoding report.
 
-    If the cache has the encoded rows, they are read from the cache.
+    If the same rows were encoded before, the encoded rows are read from the cache.
     """
-    name = f'data-{_key(encoder, plan)[:40]}'
+    name = f'data-{_cache_key(encoder, plan)[:40]}'
     with dist.local_main_first():
         folder = cached_folder(name, lambda unfinished: encode_to_files(encoder, plan, unfinished))
     train = EncodedRows.map(folder, 'train')
@@ -344,8 +354,8 @@ def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows,
 def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 1) -> PreparedData:
     """Return the encoded rows of a run.
 
-    Logs how many rows were skipped or have notes, and why. Logs the first `samples` training rows, and writes them to
-    sample.txt.
+    Logs how many rows were skipped or have notes, and for which reasons. Logs the first `samples` training rows, and
+    writes them to sample.txt.
     """
     train, val, report = encode_plan(encoder, plan)
     statistics = {'train': length_statistics(train), 'validation': length_statistics(val)}
@@ -360,18 +370,18 @@ def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 
 
 
 def names_of_sets(plan: Plan) -> dict[int, str]:
-    """Return {index in Plan.parts: name in metrics} for the sets of --val_dataset.
+    """Return the names in metrics of the data sets of --val_dataset, for example {2: 'math', 3: 'code'}.
 
-    Returns {} if there are fewer than two sets.
+    A key is the index of the data set in Plan.parts. Returns {} if --val_dataset names fewer than two data sets.
     """
     names = plan.val_sets()
     return names if len(names) > 1 else {}
 
 
 def rows_of_sets(plan: Plan, val: EncodedRows) -> dict[str, Any]:
-    """Log the number of rows of each set of --val_dataset, and return an entry for run.json with these numbers.
+    """Log how many rows each data set of --val_dataset has, and return these numbers for run.json.
 
-    Returns {} if there are no such sets.
+    For example, {'validation_sets': {'math': 100, 'code': 50}}. Returns {} if there is no --val_dataset.
     """
     counts = Counter(val.parts().tolist())
     rows = {name: counts[number] for number, name in plan.val_sets().items()}
@@ -382,9 +392,10 @@ def rows_of_sets(plan: Plan, val: EncodedRows) -> dict[str, Any]:
 
 
 def _trained_of_each_part(plan: Plan, train: EncodedRows) -> dict[str, Any]:
-    """Return an entry for run.json: how many rows of each data set of a mixture are trained in an epoch.
+    """Return for run.json how many rows of each data set an epoch trains.
 
-    Logs a warning for each data set that gives fewer rows than planned, because some of its rows were skipped.
+    For example, {'mixture': {'a.jsonl': 700, 'b.jsonl': 300}}. A row that is trained twice in an epoch counts twice. If
+    skipped rows make the number of a data set smaller than planned, logs a warning.
     """
     counts = Counter(train.parts().tolist())
     trained: dict[str, int] = {}
@@ -398,5 +409,8 @@ def _trained_of_each_part(plan: Plan, train: EncodedRows) -> dict[str, Any]:
                 'its rows were skipped'
             )
     if train.stored != len(train):
-        logger.info('a repeated row is counted only once in these three totals: characters, notes, skipped rows')
+        logger.info(
+            'mixture: an epoch trains some rows several times. The numbers of characters, notes and skipped rows above '
+            'count each row once.'
+        )
     return {'mixture': trained}

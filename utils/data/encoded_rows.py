@@ -1,4 +1,4 @@
-"""Encoded rows in flat arrays, in memory or in memory-mapped files. Also the interface of all training sets."""
+"""Stores encoded rows in flat arrays, in memory or in memory-mapped files. Defines the methods of a training set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _ARRAYS = {**_RAGGED, **{f'{name}_ends': 'q' for name in _RAGGED}, 'prompt_lengt
 
 
 class TrainRows(Protocol):
-    """A training set: EncodedRows, PackedRows, Filled or TrainingStream. An item is a row, or a pack of rows."""
+    """The methods that every training set has. An item of a training set is a row or a pack (a list of short rows).
+
+    The training sets are EncodedRows, PackedRows, Filled and TrainingStream.
+    """
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each item. A stream returns only the lengths that it knows."""
@@ -31,10 +34,13 @@ class TrainRows(Protocol):
         """Return where a row came from: file and line, or data set and row number."""
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the row whose `row` field equals `index`."""
+        """Return one row as a dict. Its value under the key `row` equals `index`."""
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the one or two batches that need the most memory. Each batch has `count` items."""
+        """Return a list of one or two batches: those that need the most memory.
+
+        `count` is the number of items in a batch.
+        """
 
 
 class IndexedRows(TrainRows, Protocol):
@@ -46,12 +52,13 @@ class IndexedRows(TrainRows, Protocol):
 
 
 class EncodedRows:
-    """Rows of token ids in flat arrays: a torch map-style data set.
+    """Rows of token ids, stored in flat arrays: a torch map-style data set.
 
-    A row has one or more spans that carry loss. The last span is the last reply of the row.
+    A row has one or more spans of tokens that carry loss. The last span is the last reply of the row.
 
-    `order` lists indices into the arrays in the order in which the rows are returned. If it is None, this is the order
-    of the arrays. A row that is repeated is stored once, and its index is several times in `order`.
+    If `order` is None, the rows are returned in the order in which they are stored. Otherwise, `order` is a list of
+    indices of stored rows, and the rows are returned in the order of the list. If an epoch trains a row twice, the row
+    is stored once, and its index is twice in `order`.
     """
 
     def __init__(self, arrays: dict[str, Any] | None = None, order: Any = None) -> None:
@@ -61,9 +68,10 @@ class EncodedRows:
 
     @classmethod
     def map(cls, folder: Path, name: str) -> EncodedRows:
-        """Return the rows that `spill` wrote to `folder` under `name`, as memory-mapped arrays.
+        """Return the rows in files that `spill` wrote, as memory-mapped arrays.
 
-        If an epoch trains a row several times, the returned object contains the row several times.
+        `folder` and `name` are the arguments that `spill` got. If an epoch trains a row several times, the returned
+        object contains the row several times.
         """
         arrays: dict[str, Any] = {}
         for kind, code in _ARRAYS.items():
@@ -86,13 +94,13 @@ class EncodedRows:
 
     @property
     def stored(self) -> int:
-        """Return the number of stored rows. A row that is repeated counts once."""
+        """Return the number of stored rows. A row that an epoch trains several times counts once."""
         return len(self.arrays['prompt_lengths'])
 
     def append(self, row: Encoded, origin: str = '', *, part: int = 0, times: int = 1) -> None:
         """Add one row. An epoch trains it `times` times.
 
-        `origin` says where the row came from, for example file and line. `part` is the index of the row's part in
+        `origin` says where the row came from, for example file and line. `part` is the index of the row's data set in
         Plan.parts.
         """
         self._add('ids', row.input_ids)
@@ -107,7 +115,10 @@ class EncodedRows:
         self.arrays[f'{kind}_ends'].append(self._spilled[kind] + len(self.arrays[kind]))
 
     def spill(self, folder: Path, name: str) -> None:
-        """Append the rows in memory to the files of this name in `folder`, and remove the rows from memory."""
+        """Append the rows in memory to files in `folder`, and remove the rows from memory.
+
+        There is one file for each array. The names of the files begin with `name`, for example train.ids.
+        """
         for kind in _RAGGED:
             self._spilled[kind] += len(self.arrays[kind])
         for kind, values in self.arrays.items():
@@ -129,7 +140,7 @@ class EncodedRows:
         return self.arrays[kind][start : int(ends[stored])]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row as Encoded.as_item returns it, with its index added under the key `row`."""
+        """Return one row as a dict: its token ids, its spans that carry loss, and more. Its index has the key `row`."""
         stored = self._stored_index(index)
         limits = self._slice('spans', stored).tolist()
         spans = list(zip(limits[::2], limits[1::2], strict=True))
@@ -167,13 +178,13 @@ class EncodedRows:
         return int(self._trained_by_row().sum(dtype=np.int64))
 
     def parts(self) -> Any:
-        """Return, for each row, the index of its part in Plan.parts, as an int32 array of shape (rows,)."""
+        """Return an int32 array of shape (rows,): for each row, the index of its data set in Plan.parts."""
         return self._ordered(np.asarray(self.arrays['parts'], dtype=np.int32))
 
     def _trained_by_row(self) -> Any:
-        """Return the number of tokens that carry loss in each row, as an int64 array of shape (rows,).
+        """Return an int64 array of shape (rows,): for each row, the number of tokens that carry loss.
 
-        The first token of a row is not counted, because it is never predicted.
+        The first token of a row is not counted, because the model never predicts it.
         """
         if not self.stored:
             return np.empty(0, dtype=np.int64)
@@ -184,10 +195,10 @@ class EncodedRows:
         return self._ordered(np.add.reduceat(by_span, first_spans))
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the one or two batches that need the most memory. Each batch has `count` rows.
+        """Return a list of one or two batches: those that need the most memory.
 
-        The first batch has the longest rows. A second batch has the rows with the most tokens that carry loss, if
-        these are different rows.
+        `count` is the number of rows in a batch. The first batch has the longest rows. The second batch has the rows
+        with the most tokens that carry loss. If the two batches would have the same rows, the second one is left out.
         """
         trained = self._trained_by_row()
         by_length = heapq.nlargest(count, range(len(self)), key=self.sizes().__getitem__)
@@ -198,7 +209,7 @@ class EncodedRows:
         return [[self[index] for index in batch] for batch in batches]
 
     def evenly(self, count: int) -> EncodedRows:
-        """Return `count` of these rows at equal distances. Returns all rows if `count` is -1 or too large.
+        """Return `count` of these rows, evenly spaced. Returns all rows if `count` is -1 or too large.
 
         If --overlong split cut a row into pieces, all its pieces together count as one row.
         """
@@ -247,7 +258,10 @@ class Filled(Sequence[dict[str, Any]]):
         return self.filler if index < 0 else dict(self.rows.row(index))
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return the one or two batches that need the most memory. Each batch has `count` items and no filler."""
+        """Return a list of one or two batches: those that need the most memory.
+
+        `count` is the number of items in a batch. The batches contain no fillers.
+        """
         return self.rows.heaviest(count)
 
     def __getitem__(self, index: Any) -> Any:
@@ -259,8 +273,8 @@ def length_statistics(rows: EncodedRows) -> dict[str, float]:
     """Return statistics of the rows for run.json.
 
     These are the number of rows, the tokens per row (min, median, mean, p95, max), the total number of tokens, and the
-    share of tokens that carry loss. A repeated row counts each time. If there are repeated rows, `distinct_rows` counts
-    each row once.
+    share of tokens that carry loss. A row that an epoch trains twice counts twice. If there are rows that are trained
+    several times, `distinct_rows` is the number of rows in which each row counts once.
     """
     sizes = np.sort(rows.sizes())
     if not len(sizes):

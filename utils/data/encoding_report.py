@@ -1,4 +1,4 @@
-"""The report on the encoding of a run's rows: how many rows were skipped, how many have notes, and why."""
+"""Counts the rows of a run that were skipped, and the notes on its other rows, for each reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMED = 20
 
 @dataclass(kw_only=True)
 class RefusedRows:
-    """Counts the rows that are longer than --max_length and that --overlong refuses.
+    """Counts the rows that are longer than --max_length, if --overlong does not allow them.
 
     The locations of the first of these rows are kept.
     """
@@ -27,7 +27,7 @@ class RefusedRows:
     places: list[str] = field(default_factory=list)
 
     def add(self, place: str, length: int) -> None:
-        """Count one row of this many tokens."""
+        """Count one row. `place` is its location, and `length` its number of tokens."""
         self.count += 1
         if self.count <= _NAMED:
             self.places.append(f'{place} ({length} tokens)')
@@ -48,7 +48,7 @@ class RefusedRows:
 
 @dataclass(kw_only=True)
 class EncodingReport:
-    """Counts of rows by reason.
+    """Counts what happened to the rows of a run, for each reason.
 
     `left_out` counts the skipped rows. `noted` counts the notes on the used rows, e.g. that the end of a row was cut.
     """
@@ -61,7 +61,7 @@ class EncodingReport:
     account: Account = field(default_factory=Account)
 
     def lines(self) -> list[str]:
-        """Return one line per reason, with the number of its rows and the locations of the first of them."""
+        """Return one log line for each reason: how many rows have this reason, and where the first of them are."""
         return [*self.left_out.lines('skipped'), *self.noted.lines('noted')]
 
     @property
@@ -80,7 +80,10 @@ class EncodingReport:
 
 
 def log_report(report: EncodingReport, statistics: dict[str, dict[str, float]]) -> None:
-    """Log the statistics and the counts of the report. `statistics` maps e.g. 'train' to the statistics of the rows."""
+    """Log the report, and the statistics of the rows.
+
+    `statistics` is a dict from a name to numbers, for example {'train': {'rows': 900}, 'validation': {'rows': 100}}.
+    """
     for name, numbers in statistics.items():
         logger.info(f'{name}: ' + ', '.join(f'{key} {value}' for key, value in numbers.items()))
     for line in report.account.lines():

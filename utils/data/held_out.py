@@ -1,4 +1,4 @@
-"""Stores which rows a run held out, so that they can be read again without reading the whole training set."""
+"""Stores which rows a run held out for validation, so that they can be found without reading the training rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from utils.formats.reading import Reading
 
 
 def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Return {name of part: {'files_sha256': hash, 'rows': positions}} for the parts of the data sets of a run.
+    """Return which rows of each data set are held out for validation.
 
-    The positions are the indices of the held-out rows among all rows of the part. If there are validation sets, only
-    their parts are returned, because no other part has held-out rows. The hash covers the files of the part. The
-    hash is None if the rows depend on more than the files. This is so for registered data sets of a hub, functions of
-    the user, and rows with images.
+    For example, {'a.jsonl': {'files_sha256': 'e3b0...', 'rows': [4, 17]}}. `rows` has the positions of the held-out
+    rows in the data set. `files_sha256` is a hash of the files of the data set. If a data set has a validation split,
+    this split has its own entry.
+
+    If there is --val_dataset, only the data sets of --val_dataset have an entry.
+
+    If the files alone do not decide the rows, `files_sha256` is None. This applies to registered data sets and to rows
+    with images.
     """
     sets = [part for part in plan.parts if part.val_set]
     return {
@@ -43,7 +47,7 @@ def _positions(part: Part) -> Iterator[int]:
 
 
 def files_sha256(part: Part) -> str:
-    """Return a hash over the names and the content of a part's files."""
+    """Return a hash of the names and the content of the files of a part. A part is a data set or one of its splits."""
     digest = hashlib.sha256()
     # The folder of a download differs between machines, so its names on the hub are used.
     names = part.hub_files or [str(file) for file, _ in part.files]
@@ -60,10 +64,11 @@ def read_held_out(
     reading: Reading = AS_WRITTEN,
     hub: HubName = 'modelscope',
 ) -> list[Row] | None:
-    """Return the held-out rows of an earlier run. `kept` is what `held_out` returned in that run.
+    """Return the rows that an earlier run held out for validation. Returns None if they cannot be found.
 
-    `words` are the words of --dataset. Returns None if `words` name other data sets than the earlier run read, or if
-    the files of a data set have changed.
+    `kept` is what `held_out` returned in the earlier run. `words` are the values of --dataset or --val_dataset of this
+    command. The rows cannot be found if `words` name other data sets than `kept`, or if a file has changed. They also
+    cannot be found if a data set is registered or has images.
     """
     sources = [parse_source(word) for word in words]
     if any(source.path is None and source.hub is None for source in sources):

@@ -1,4 +1,4 @@
-"""Shares of data sets in a mixture (name%0.3): how many rows each set gives, and which rows are repeated."""
+"""Shares of data sets in a mixture (--dataset name%0.3): how many rows each set gives, and which are repeated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from utils.data.parts import TRAIN, UNUSED, Part, draw_uses
 
 @dataclass(frozen=True, kw_only=True)
 class Ingredient:
-    """A data set of a mixture. Its share is None if the set gives all its rows."""
+    """A data set of a mixture. Its share is None if the set gives all its rows.
+
+    `word` is the value of --dataset that names the set, for example 'sql-demo%0.3'.
+    """
 
     word: str
     part: Part
@@ -36,15 +39,15 @@ def split_size(size: int, shares: Sequence[Fraction]) -> list[int]:
 
 
 def mix(ingredients: Sequence[Ingredient], *, limit: int, seed: int) -> str:
-    """Choose the training rows of a mixture. Returns a log line with the number of rows of each set.
+    """Choose the training rows of a mixture of data sets. Returns a log line with the number of rows of each set.
 
-    If all sets have a share, the mixture has `limit` rows. If `limit` is negative, the mixture has as many rows as all
-    sets together.
+    If all sets have a share, the mixture has `limit` rows. If `limit` is negative, it has as many rows as all sets
+    together.
 
-    If some sets have no share, these sets give all their rows. The shares are shares of the whole mixture. For example,
-    700 rows without a share and a share of 0.3 make a mixture of 1000 rows. In this case, `limit` is the maximum number
-    of rows, and a negative `limit` sets no maximum. If the mixture would have more rows than `limit`, the sets without
-    a share give only some of their rows, drawn at random.
+    If some sets have no share, they give all their rows, and the sets with a share are added. For example, one set has
+    700 rows and no share, and another set has the share 0.3. Then the mixture has 1000 rows, and 300 of them are from
+    the set with the share. If the mixture would have more than `limit` rows, it is made smaller: it gets `limit` rows,
+    and the sets without a share give only randomly drawn rows. If `limit` is negative, the mixture is not made smaller.
 
     Raises ConfigError if a set with a share gives no row.
     """
@@ -68,7 +71,7 @@ def mix(ingredients: Sequence[Ingredient], *, limit: int, seed: int) -> str:
 
     for one, count in zip(shared, counts, strict=True):
         _check_rows(one, available[id(one)], count, size)
-        _give(one.part, count, seed)
+        _select_rows(one.part, count, seed)
     given = [_described(one, available[id(one)], size) for one in ingredients]
     return f'mixture = {size} training rows because --dataset gives shares: {", ".join(given)}'
 
@@ -85,10 +88,11 @@ def _check_rows(one: Ingredient, available: int, count: int, size: int) -> None:
         )
 
 
-def _give(part: Part, count: int, seed: int) -> None:
-    """Choose `count` training rows of a part. If the part has fewer rows, its rows are repeated.
+def _select_rows(part: Part, count: int, seed: int) -> None:
+    """Select `count` training rows of a data set.
 
-    Each row is then repeated equally often, and randomly chosen rows are repeated once more.
+    If the data set has more than `count` rows, they are drawn at random. If it has fewer, rows are repeated. For
+    example, if 7 rows are selected from 3, two rows are trained twice in an epoch, and a random one three times.
     """
     available = part.uses.count(TRAIN)
     if count < available:
@@ -118,10 +122,10 @@ def _described(one: Ingredient, available: int, size: int) -> str:
 
 
 def take_turns(shares: Sequence[Fraction]) -> Iterator[int]:
-    """Yield source indices without end. Each is the index of the source that gives the next row.
+    """Yield, without end, the index of the data set from which the next row is taken.
 
-    After every k rows, the count of each source differs from share * k by less than one. The order depends only on the
-    shares. Shares that do not sum to 1 are scaled.
+    For example, the shares 1/2 and 1/2 give 0, 1, 0, 1 and so on. After k rows, each data set has given k * share rows,
+    with an error of less than one row. Shares that do not sum to 1 are scaled. The order depends only on the shares.
     """
     scale = math.lcm(*(share.denominator for share in shares))
     weights = [int(share * scale) for share in shares]

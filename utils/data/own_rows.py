@@ -1,4 +1,7 @@
-"""Rows of the user's own functions in DATASET_MAPPING: lists, generators, `datasets.Dataset`, and pairs of them."""
+"""Reads the rows that the user's own functions in DATASET_MAPPING return.
+
+A function returns a list, a generator, a `datasets.Dataset`, or two of these: training rows and validation rows.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,12 @@ _RETURN = (
 
 
 def halves_of(name: str, *, logs: bool = False) -> tuple[Any, Any]:
-    """Call the function of a data set, and return (training rows, validation rows or None).
+    """Call the function of the data set `name`, and return (training rows, validation rows or None).
 
-    A dictionary of splits, for example a `datasets.DatasetDict`, gives `train` and `validation`. With `logs`, the names
-    of all other splits are logged. Raises ConfigError if the function returns anything else than rows, two sets of
-    rows, or such a dictionary.
+    If the function returns a dictionary of splits (e.g. a `datasets.DatasetDict`), its splits `train` and `validation`
+    are used. If `logs` is True, the names of its other splits are logged.
+
+    Raises ConfigError if the function returns something else than rows, two sets of rows, or a dictionary of splits.
     """
     returned: Any = DATASET_MAPPING[name]()
     if isinstance(returned, Mapping):
@@ -53,11 +57,11 @@ def _of_splits(name: str, splits: Mapping[Any, Any], *, logs: bool) -> tuple[Any
 
 
 def located_rows(name: str, half: int, rows: Any, shown: str) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Yield (location, row) for each row of the data set `name`. A location is, for example, '<shown>: row 1'.
+    """Yield (location, row) for each row in `rows`. The location is a text for messages, '<shown>: row 1'.
 
-    `half` is 0 for the training rows, 1 for the validation rows.
+    `rows` are rows of the data set `name`: its training rows if `half` is 0, its validation rows if `half` is 1.
 
-    For a row that is None, the second item is a BadRow. Raises ConfigError if a row is not a dictionary.
+    If a row is None, a BadRow is yielded instead of it. Raises ConfigError if a row is not a dictionary.
     """
     if iter(rows) is rows:  # a generator can be read only once: call the function again
         rows = halves_of(name)[half]
@@ -78,7 +82,7 @@ def located_rows(name: str, half: int, rows: Any, shown: str) -> Iterator[tuple[
 
 
 def _plain(value: Any) -> Any:
-    """Return a value in which values of numpy are converted to the types of Python."""
+    """Return the value with all arrays and numbers of numpy converted to lists and numbers of Python."""
     if type(value).__module__ == 'numpy':
         return _plain(value.tolist())
     if isinstance(value, dict):

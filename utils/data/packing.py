@@ -35,9 +35,10 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_evenly(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return as many packs of row indices as `best_fit` returns, but with similar numbers of tokens.
+    """Return packs of row indices with at most `capacity` tokens each, and with similar numbers of tokens.
 
-    If such packs would exceed `capacity`, return the packs of `best_fit`.
+    The number of packs is the same as that of `best_fit`. If packs with similar numbers of tokens would exceed
+    `capacity`, the packs of `best_fit` are returned.
     """
     packs = best_fit(lengths, capacity)
     even: list[list[int]] = [[] for _ in packs]
@@ -60,7 +61,7 @@ class PackedRows:
         return len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one pack: a dictionary whose key `rows` has the list of rows, as EncodedRows returns them."""
+        """Return one pack as {'rows': list of rows}. A row is a dict with the token ids and more, as in EncodedRows."""
         return {'rows': [self.rows[i] for i in self.packs[index]]}
 
     def lengths(self) -> list[int]:
@@ -77,7 +78,7 @@ class PackedRows:
         return self.rows[index]
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return one batch: the `count` packs with the most tokens."""
+        """Return a list with one batch: the `count` packs with the most tokens."""
         lengths = self.lengths()
         longest = heapq.nlargest(count, range(len(self)), key=lengths.__getitem__)
         return [[self[i] for i in longest]]

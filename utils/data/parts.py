@@ -1,7 +1,7 @@
-"""Reads the rows of data sets in two passes: the first counts the rows and sets their use, the second returns them.
+"""Reads the rows of data sets in two passes: the first decides the use of each row, the second returns the rows.
 
-The use of a row is training, validation or unused. Only the use of each row is kept in memory, as one byte. So rows can
-be drawn from the whole data set even if the data is larger than memory.
+The use of a row is TRAIN, VAL (validation) or UNUSED. Only the use of each row is kept in memory, as one byte. So rows
+can be drawn from the whole data set even if the data is larger than memory.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ ReadRow = tuple[str, dict[str, Any], Row | BadRow]
 def _hashed(
     located: Iterable[tuple[str, dict[str, Any] | BadRow]], digest: Any
 ) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Yield each (location, row) unchanged, and update the hash with the content of each row."""
+    """Yield each (location, row) unchanged, and update the hash object `digest` with the content of each row."""
     for location, row in located:
         # Only text, numbers, lists and objects can get into a conversation. Of other values, only the type is hashed.
         digest.update(json.dumps(row, default=lambda value: type(value).__name__).encode())
@@ -73,13 +73,16 @@ def _converted(
     seen: dict[str, None] | None = None,
     remark: Remark = ignore,
 ) -> Iterator[ReadRow]:
-    """Convert the rows of a data set, and yield a ReadRow for each row.
+    """Convert the rows of a data set, and yield (location, columns, conversation) for each row.
 
-    The columns of the first row decide which converter is used for all rows, and by which names the columns are read.
-    The names of the columns of the first row, and of all columns that --columns renames, are added to `seen`. `remark`
-    is called with a text if columns are read under other names than in the file.
+    If a row cannot be converted, a BadRow is yielded instead of the conversation. The columns of the first row decide
+    which converter is used for all rows.
 
-    Messages name the data set or file by `name`. Relative paths of images start in `folder`.
+    If the name of a column is a known name with capital letters or spaces, such as 'Query ', the column is read as
+    'query'. In this case, `remark` is called with a text for the log.
+
+    `name` is the name of the data set or file in messages. Relative paths of images start in `folder`. The columns of
+    the first row are added to `seen`, and also all columns that --columns renames.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
@@ -124,7 +127,7 @@ def _converted(
 def _first_converter(raw: Mapping[str, Any], written: Mapping[str, Any], location: str, reading: Reading) -> Converter:
     """Return the converter for the first row of a file. Raises ConfigError if no converter fits its columns.
 
-    `raw` is the row with the columns renamed, `written` is the row as it is in the file.
+    `written` is the row as it is in the file. `raw` is the same row with renamed columns.
     """
     converter = find_converter(raw)
     if converter is None:
@@ -222,9 +225,10 @@ class Part:
         return {name: value for name, value in found.items() if value}
 
     def count(self, left_out: Tally, noted: Tally, digest: Any) -> None:
-        """Read the part once, and set the use of every row that can be trained on.
+        """Read all rows once, and set the use of each row that can be trained on.
 
-        Updates the counts of skipped rows (`left_out`) and of notes (`noted`), and the hash `digest`.
+        The use is VAL in a validation part, and TRAIN in any other part. Counts skipped rows in `left_out` and notes in
+        `noted`. Updates the hash object `digest` with the content of the rows.
         """
         use = VAL if self.is_val else TRAIN
         content = hashlib.sha256()
@@ -249,23 +253,26 @@ class Part:
         digest.update(content.digest())
 
     def times(self, position: int) -> int:
-        """Return how often an epoch trains a training row. `position` is the index of the row in `uses`."""
+        """Return how many times one epoch trains a row.
+
+        `position` is the index of the row among the rows that can be trained on. The row must be a training row.
+        """
         return self.passes + (self.once_more[position] if self.once_more else 0)
 
     def trained_rows(self) -> int:
-        """Return the number of rows that an epoch trains. A row that is repeated counts each time."""
+        """Return the number of rows that an epoch trains. A row that is trained twice counts twice."""
         return self.passes * self.uses.count(TRAIN) + self.once_more.count(1)
 
     def uses_digest(self) -> bytes:
-        """Return the uses and repetitions of the rows as bytes, for a hash."""
+        """Return bytes, for a hash, that say how each row is used and how many times an epoch trains it."""
         repeats = b'' if self.passes == 1 and not any(self.once_more) else f'x{self.passes}'.encode() + self.once_more
         return bytes(self.uses) + repeats
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
-        """Yield (use, ReadRow) for every row. The use is TRAIN, VAL or UNUSED.
+        """Read the rows again, and yield (use, row) for each row. The use is TRAIN, VAL or UNUSED.
 
-        `count` and `draw_uses` decide the use of a row. A BadRow is always UNUSED. Raises ConfigError if the number of
-        rows has changed since `count` read them.
+        A row is the tuple (location, columns, conversation). If it cannot be trained on, its use is UNUSED, and its
+        third item is a BadRow. Raises ConfigError if the number of rows has changed since `count` read them.
         """
         position = 0
         for read in self.read(hashlib.sha256()):
@@ -287,9 +294,10 @@ class Part:
 
 
 def draw_uses(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
-    """Draw up to `count` random rows from the rows whose use is `use`.
+    """Draw up to `count` rows at random, and set their use to `drawn`. A use is TRAIN, VAL or UNUSED.
 
-    The drawn rows get the use `drawn`, the others the use `rest`.
+    The rows are drawn from all rows that have the use `use`. Those of them that are not drawn get the use `rest`. For
+    example, use=TRAIN, drawn=VAL, rest=TRAIN turns up to `count` training rows into validation rows.
     """
     total = sum(part.uses.count(use) for part in parts)
     chosen = bytearray(total)
@@ -308,10 +316,10 @@ def draw_uses(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: 
 def open_parts(
     source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope', reading: Reading = AS_WRITTEN
 ) -> list[Part]:
-    """Return the parts of a data set: [training, validation] if it has both, else a single part that the run splits.
+    """Open a data set, and return its parts: [training part, validation part], or [a single part with all rows].
 
-    `bad` is called for each line that cannot be read. `reading` says how files are read. Registered data sets
-    ignore `reading`, because DATASET_MAPPING says how their columns are read.
+    `bad` is called for each line that cannot be read. `reading` has the flags that say how files are read, such as
+    --columns. Registered data sets ignore `reading`, because DATASET_MAPPING says how their columns are read.
     """
     if source.hub is not None:
         return _hub_parts(source, source.hub, bad, hub, reading)
@@ -364,10 +372,10 @@ def _reader(
 
 
 def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName, reading: Reading) -> list[Part]:
-    """Return the parts of a data set that is named by its id. Its files are downloaded once per machine."""
+    """Return the parts (training, validation) of a data set of a hub. Its files are downloaded once per machine."""
     fetched = files.load(hub, remedy=not_found_remedy(source))
     at_commit = f' at commit {fetched.commit[:12]}' if fetched.commit else ''
-    logger.info(f'{source.name}: {fetched.served}{at_commit}: {fetched.chosen.about}')
+    logger.info(f'{source.name} is read from {fetched.served}{at_commit}. Its rows: {fetched.chosen.about}')
     parts: list[Part] = []
     for names, is_val in ((fetched.chosen.train, False), (fetched.chosen.val, True)):
         if not names:
@@ -392,7 +400,8 @@ def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName, readin
 
 
 def check_read_once(parts: Iterable[Part]) -> None:
-    """Raise ConfigError if two parts read the same file of a hub. `check_sources` compares local files."""
+    """Raise ConfigError if two parts read the same file of a hub."""
+    # `check_sources` compares local files.
     readers: dict[str, str] = {}
     for part in parts:
         for file in part.hub_files:
@@ -409,7 +418,7 @@ def _shown(name: str, is_val: bool) -> str:
 
 
 def check_columns(parts: Iterable[Part], reading: Reading) -> None:
-    """Raise ConfigError if --columns names a column that no row of the parts has had so far."""
+    """Raise ConfigError if --columns names a column that none of the rows read so far has."""
     from_files = [part for part in parts if part.files]
     if not from_files:
         return
@@ -445,7 +454,7 @@ def read_rows_at(
 
 
 def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
-    """Return the parts of a registered data set. Its files are downloaded from a hub."""
+    """Return the parts (training, validation) of a registered data set. Its files are downloaded from a hub."""
     train, val, snapshot = entry.load(hub)
     logger.info(f'{name}: {snapshot.repo}')
 
@@ -469,7 +478,7 @@ def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
 
 
 def _function_parts(name: str) -> list[Part]:
-    """Return the parts of a registered data set. A function in DATASET_MAPPING returns its rows."""
+    """Return the parts (training, validation) of a data set whose rows a function in DATASET_MAPPING returns."""
 
     def part(half: int, rows: Any) -> Part:
         shown = _shown(name, half == 1)
@@ -485,12 +494,18 @@ def _function_parts(name: str) -> list[Part]:
 
 
 def remarks_of(sources: Iterable[Sequence[Part]]) -> list[str]:
-    """Return the remarks on how the files were read so far. `sources` has the parts of each data set."""
+    """Return all remarks on how the files were read so far, e.g. that a column is read by another name.
+
+    `sources` has one list for each data set: the parts of the data set.
+    """
     return [remark for part in itertools.chain.from_iterable(sources) for remark in part.remarks]
 
 
 def open_replies(row: Row) -> int:
-    """Count the replies of a row that have no key `loss`. The last message is not counted."""
+    """Return the number of replies before the last message that have no key `loss`.
+
+    The key says whether a reply carries loss.
+    """
     return sum(message['role'] == 'assistant' and 'loss' not in message for message in row.messages[:-1])
 
 

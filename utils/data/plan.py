@@ -35,7 +35,7 @@ from utils.formats.reading import Reading
 
 
 def served_by(parts: Iterable[Part]) -> dict[str, str]:
-    """Return {name of the data set: hub, id and revision} for the data sets that were downloaded from a hub."""
+    """Return where each downloaded data set came from: a dict from its name to its hub, id and revision."""
     return {part.name.removesuffix(VALIDATION): part.served for part in parts if part.served}
 
 
@@ -45,7 +45,7 @@ class Plan:
 
     `left_out` counts the rows that cannot be trained on. `noted` counts the notes on all other rows. `drawn` has one
     log line for each decision to use only some of the rows. `digest` is a hash of all rows, and of the use of each row
-    (training, validation or none). `mixed` says whether the training rows are a mixture with shares.
+    (training, validation or none). `mixed` says whether --dataset gives a data set a share of the rows (name%0.3).
     """
 
     parts: list[Part]
@@ -73,22 +73,28 @@ class Plan:
         return [*decided, *loss_decisions(loss_scope, replies, rows, f'of {total} rows read')]
 
     def used(self) -> Iterator[tuple[int, ReadRow]]:
-        """Yield (use, ReadRow) for every row of all parts. The use is TRAIN, VAL or UNUSED."""
+        """Read the rows of all data sets, and yield (use, row) for each row. The use is TRAIN, VAL or UNUSED.
+
+        A row is the tuple (location, columns, conversation).
+        """
         for part in self.parts:
             yield from part.used()
 
     def rows(self, *wanted: int) -> Iterator[tuple[int, Row]]:
-        """Yield (use, row) for each row whose use is in `wanted`, in the order of the data."""
+        """Yield (use, conversation) for each row whose use is in `wanted`, in the order of the data.
+
+        A use is TRAIN, VAL or UNUSED.
+        """
         for use, (_, _, row) in self.used():
             if use in wanted and isinstance(row, Row):
                 yield use, row
 
     def lock(self) -> dict[str, dict[str, Any]]:
-        """Return the data entry of lock.json: {name of the part: {'rows': ..., 'sha256': ...}}.
+        """Return the entry `data` of lock.json, for example {'a.jsonl': {'rows': 100, 'sha256': 'e3b0...'}}.
 
         `rows` is the number of used rows. `sha256` is a hash of all rows, and of the use of each row (training,
-        validation or none). The entry of a data set of a hub also has the keys `served` and `commit`. The entry of a
-        validation set has the key `flag`.
+        validation or none). A data set of a hub also has the keys `served` and `commit`. A data set of --val_dataset
+        also has the key `flag`.
         """
         return {
             part.name: {
@@ -101,22 +107,27 @@ class Plan:
         }
 
     def val_sets(self) -> dict[int, str]:
-        """Return {index in `parts`: name in metrics} for the sets of --val_dataset."""
+        """Return the names in metrics of the data sets of --val_dataset, for example {2: 'math', 3: 'code'}.
+
+        A key is the index of the data set in `parts`.
+        """
         return {number: part.val_set for number, part in enumerate(self.parts) if part.val_set}
 
 
 def loss_decisions(
     typed: LossScope | None, earlier_replies: Mapping[LossScope, int], rows: Mapping[LossScope, int], total: str
 ) -> list[str]:
-    """Return log lines that say which replies carry loss. Rows with only one reply need no line.
+    """Return log lines that say whether the earlier replies of rows carry loss.
 
-    `typed` is the value of --loss_scope: 'all_rounds' if every reply carries loss, 'last_round' if only the last reply
-    of a row does. If `typed` is None, the format of each row decides its scope.
+    An earlier reply is a reply before the last reply of its row. Without earlier replies, there are no lines.
 
-    An earlier reply is a reply before the last reply of its row. `earlier_replies` has the number of earlier replies,
-    and `rows` the number of rows that have any. Each has two numbers: one for the rows whose format decides
-    'all_rounds', and one for the rows whose format decides 'last_round'. `total` is the end of each line, for example
-    'of 100 rows'.
+    `typed` is the value of --loss_scope. With 'all_rounds', every reply carries loss. With 'last_round', only the last
+    reply of a row carries loss. If the flag is not typed, `typed` is None, and the format of each row decides its loss
+    scope.
+
+    `earlier_replies` is a dict from a loss scope to the number of earlier replies in the rows with this scope. `rows`
+    is a dict from a loss scope to the number of rows that have earlier replies. `total` is the end of each line, for
+    example 'of 100 rows'.
     """
     if typed == 'all_rounds':
         return []
@@ -140,7 +151,7 @@ def loss_decisions(
 
 
 def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
-    """Return [log line] if some rows are not used, else [].
+    """Return [log line] if `sample` rows are used and more are available. Returns [] if all are used.
 
     `what` names the rows in the line, e.g. 'for training'. `why` is the reason in the line.
     """
@@ -150,7 +161,7 @@ def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
 
 
 def part_not_used(part: Part) -> str:
-    """Return the log line for a validation part that is not used."""
+    """Return the log line for the validation split of a data set of --dataset, which is not used with --val_dataset."""
     return f'{part.name} is not used because --val_dataset names the validation rows'
 
 
@@ -172,9 +183,13 @@ class _Planner:
         self.digest.update(repr(self.reading).encode())
 
     def add_training(self, word: str, test_ratio: float | None) -> Ingredient:
-        """Read a data set of --dataset, draw its rows (name#count), and hold rows out. Returns its training part.
+        """Read a data set of --dataset, and choose its training rows and validation rows. Returns its training rows.
 
-        If `test_ratio` is None, nothing is held out, and a validation part of the data set is not used.
+        `word` is the value of --dataset. If it has a number of rows (name#500), this number of rows is drawn.
+
+        If the data set has a validation split, the validation rows are the rows of this split. Otherwise, the share
+        `test_ratio` of the rows is drawn for validation. If `test_ratio` is None, the data set gives no validation
+        rows, and its validation split is not used.
         """
         source = parse_source(word)
         opened = open_parts(source, self.bad, self.hub, self.reading)
@@ -194,10 +209,11 @@ class _Planner:
         return Ingredient(word=word, part=opened[0], share=source.share)
 
     def add_validation(self, word: str, name: str, trained: Collection[str]) -> None:
-        """Read a data set of --val_dataset: its validation part if it has one, else all its rows.
+        """Read a data set of --val_dataset: its validation split if it has one, else all its rows.
 
-        Raises ConfigError if no row is left. Also raises ConfigError if a data set without a validation part is in
-        `trained`.
+        `word` is the value of --val_dataset, `name` is the name of the data set in metrics. `trained` has the names of
+        the data sets of --dataset. Raises ConfigError if no row is left. If the data set has no validation split and is
+        in `trained`, also raises ConfigError.
         """
         source = parse_source(word)
         opened = open_parts(source, self.bad, self.hub, self.reading)
@@ -220,10 +236,10 @@ class _Planner:
         self.parts.append(part)
 
     def _draw(self, part: Part, sample: int | None, given: str, word: str) -> None:
-        """Draw `sample` rows from a part. All other rows become unused. Does nothing if `sample` is None.
+        """Draw `sample` random rows of a part. Its other rows become unused. If `sample` is None, do nothing.
 
-        `word` is the word name#count. `given` is the flag and the word in quotes, for example "--dataset 'name#5'". Log
-        lines contain both.
+        `word` and `given` are the names of the part in log lines. For --dataset name#5, `word` is "name#5", and `given`
+        is "--dataset 'name#5'".
         """
         if sample is None:
             return
@@ -236,7 +252,10 @@ class _Planner:
         draw_uses([part], use, sample, self.seed, drawn=use, rest=UNUSED)
 
     def plan(self, *, mixed: bool = False) -> Plan:
-        """Return the plan of the data sets that were added. `mixed` says whether --dataset gives shares."""
+        """Return the plan of the data sets that were added.
+
+        `mixed` says whether --dataset gives a data set a share of the training rows (name%0.3).
+        """
         for part in self.parts:
             self.digest.update(part.uses_digest())
         return Plan(
@@ -266,16 +285,20 @@ def plan_rows(
     bad: OnBad = refuse,
     reading: Reading = AS_WRITTEN,
 ) -> Plan:
-    """Read all data sets once, and return the plan that says which rows are used.
+    """Read all data sets once, and return the plan: which rows are for training, for validation, or not used.
 
-    First, rows are drawn from each data set (name#count), and the data set is split into training and validation rows.
-    Then up to `train_sample` training rows and up to max(1, train_sample * test_ratio) validation rows are drawn from
-    all data sets together. A negative `train_sample` draws all rows. If a word has a share (name%0.3), the function
-    `mix` chooses the training rows of this second step.
+    `words` are the values of --dataset, and `val_words` are the values of --val_dataset. The rows are chosen in three
+    steps:
 
-    `val_words` are the words of --val_dataset. If there are any, nothing is split off, and the validation sets are used
-    whole. `bad` is called for each line that cannot be read. Raises ConfigError if data cannot be read, if no row has a
-    column that --columns names, or if the training set or a validation set is left without rows.
+    1. If a value has a number of rows (name#500), this number of rows is drawn from the data set.
+    2. Rows are held out for validation. If a data set has a validation split, they are the rows of this split.
+    Otherwise, the share `test_ratio` of the rows is drawn. If there are `val_words`, no rows of --dataset are held out.
+    3. At most `train_sample` training rows are drawn from all data sets together, and at most max(1, train_sample *
+    test_ratio) of the rows held out in step 2. A negative `train_sample` is no limit. If a value has a share of the
+    training rows (name%0.3), the function `mix` chooses the training rows in this step.
+
+    `bad` is called for each line that cannot be read. Raises ConfigError if data cannot be read, if no row has a column
+    that --columns names, or if the training set or a validation set is left without rows.
     """
     planner = _Planner(seed=seed, hub=hub, bad=bad, reading=reading)
     ingredients = [planner.add_training(word, None if val_words else test_ratio) for word in words]
@@ -310,9 +333,11 @@ def plan_validation(
 ) -> Plan:
     """Read the data sets of --val_dataset once, and return the plan of their rows.
 
-    If a set has a validation split, only this split is used. `trained` has the names of the data sets of --dataset.
-    Raises ConfigError if a set of --val_dataset is also in `trained` and has no validation split. Also raises
-    ConfigError if all rows of a set are skipped.
+    `val_words` are the values of --val_dataset. If a data set has a validation split, only this split is used.
+    `trained` has the names of the data sets of --dataset.
+
+    Raises ConfigError if all rows of a data set are skipped. If a data set has no validation split and is in `trained`,
+    also raises ConfigError.
     """
     planner = _Planner(seed=seed, hub=hub, bad=refuse, reading=reading)
     _add_validation_sets(planner, val_words, trained)
@@ -325,7 +350,10 @@ def _add_validation_sets(planner: _Planner, val_words: Sequence[str], trained: C
 
 
 def draw(rows: list[Row], count: int, seed: int) -> list[Row]:
-    """Return up to `count` rows, drawn at random and kept in order. If `count` is negative, return all rows."""
+    """Return `count` rows, drawn at random and in their original order.
+
+    If `count` is negative or too large, all rows are returned.
+    """
     if count < 0 or count >= len(rows):
         return rows
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), count))]

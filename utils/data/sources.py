@@ -1,6 +1,7 @@
-"""Reads the words (single values) of --dataset and --val_dataset.
+"""Reads the values of --dataset and --val_dataset. One value is called a word.
 
-A word is a registered name, a file, a folder, a glob, or the id of a data set on a hub.
+A word is a registered name, a file, a folder, a glob, or the id of a data set on a hub. A number of rows (name#500) or
+a share of the training rows (name%0.3) may follow.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _HUB_WORD = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One word of --dataset or --val_dataset, and how many of its rows are used.
+    """The data set that one value of --dataset or --val_dataset names, and how many of its rows are used.
 
     `path` is set for a file, folder or glob, and `hub` for the id of a data set on a hub. For a registered name, both
     are None.
@@ -60,9 +61,10 @@ class Source:
 
 
 def parse_source(word: str) -> Source:
-    """Return the source that a word of --dataset names. No file is opened, and the network is not used.
+    """Return the data set that a value of --dataset names. No file is opened, and the network is not used.
 
-    Raises ConfigError if the word is not a valid source. For an unknown name, the message suggests similar names.
+    `word` is the value, for example 'sql-demo#500'. Raises ConfigError if the value is not valid. For an unknown name,
+    the message suggests similar names.
     """
     whole, share = _split_share(word)
     return replace(_parse_without_share(whole), share=share)
@@ -94,7 +96,7 @@ def _split_share(word: str) -> tuple[str, Fraction | None]:
 
 
 def _parse_without_share(word: str) -> Source:
-    """Return the source that `word` names. The share (e.g. %0.3) was removed from `word` before."""
+    """Return the data set that `word` names, for example 'sql-demo#500'. `word` must not contain a share (%0.3)."""
     if '://' in word:
         raise ConfigError(
             f"--dataset '{word}': this is a URL, and rows are not fetched from the web. Download the file and give its "
@@ -130,12 +132,13 @@ def _parse_without_share(word: str) -> Source:
         )
     raise ConfigError(
         f"--dataset '{name}' is not registered{did_you_mean(name, DATASET_MAPPING)} "
-        f'Give a {KINDS} file, a folder of them (./{name}), or add an entry to DATASET_MAPPING in utils/dataset.py.'
+        f'Give a {KINDS} file. If {name} is a folder of such files, type ./{name}. To register {name}, add it to '
+        'DATASET_MAPPING in utils/dataset.py.'
     )
 
 
 def _hub_files(name: str) -> HubFiles | None:
-    """Return the data set that has the id `name` on a hub. Returns None if `name` is not an id, or is a local path."""
+    """Return the data set with the id `name` on a hub. Returns None if `name` is not an id, or is a local path."""
     match = _HUB_WORD.fullmatch(name)
     if match is None:
         return None
@@ -158,14 +161,14 @@ def _hub_files(name: str) -> HubFiles | None:
 
 
 def shadowed_id(source: Source) -> str | None:
-    """Return the name of a local source if it could also be the id of a data set on a hub, else None."""
+    """Return the name of a local data set if the name could also be the id of a data set on a hub, else None."""
     match = _HUB_WORD.fullmatch(source.name)
     is_id = source.path is not None and match is not None and '/' in match['id'] and source.path.exists()
     return source.name if is_id and not source.name.lower().endswith(SUFFIXES) else None
 
 
 def not_found_remedy(source: Source) -> str:
-    """Return the remedy in the message that a hub does not have the data set `source`.
+    """Return the remedy for the message that a hub does not have the data set.
 
     It names similar ids. If the user named no hub, it also says how to name one.
     """
@@ -262,7 +265,10 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _is_gone(source: Source | None, started_in: str | None) -> bool:
-    """Return whether a relative path matches no file, and the run was started in a different folder."""
+    """Return whether a relative path matches no file, and the earlier run was started in a different folder.
+
+    `started_in` is the folder in which the earlier run was started. It is None if there is no earlier run.
+    """
     path = None if source is None else source.path
     if started_in in (None, abbreviated(Path.cwd())) or path is None or path.is_absolute():
         return False
@@ -270,7 +276,12 @@ def _is_gone(source: Source | None, started_in: str | None) -> bool:
 
 
 def _check_not_moved(source: Source, started_in: str | None) -> None:
-    """Raise ConfigError if a word is read as a hub id, but was a local path where the run was started."""
+    """Raise ConfigError if the earlier run read a local path, but this command would read the same name from a hub.
+
+    `started_in` is the folder in which the earlier run was started. It is None if there is no earlier run. For example,
+    the earlier run read the local folder owner/name. If the current folder has no such path, owner/name is read as the
+    id of a data set on a hub.
+    """
     if started_in is None:
         return
     there = Path(started_in).expanduser() / source.name
@@ -290,16 +301,16 @@ def abbreviated(path: Path) -> str:
 
 
 def of_flag(problem: str, flag: str) -> str:
-    """Return the message `problem` with --`flag` in place of --dataset."""
+    """Return the message `problem` with --`flag` in place of the --dataset at its beginning."""
     rest = problem.removeprefix('--dataset ')
     return problem if rest == problem else f'--{flag} {rest}'
 
 
 def check_sources(words: Sequence[str], started_in: str | None = None, *, val_words: Sequence[str] = ()) -> list[str]:
-    """Return an error message for each word that is not a valid source, each missing file and each file named twice.
+    """Return an error message for each value that is not valid, each missing file, and each file named twice.
 
-    `words` are the words of --dataset, `val_words` the words of --val_dataset. If they come from the record of a run,
-    `started_in` is the folder in which they were typed.
+    `words` are the values of --dataset, and `val_words` are the values of --val_dataset. If they come from the record
+    of an earlier run, `started_in` is the folder in which that run was started.
     """
     problems: list[str] = []
     named: dict[Path, str] = {}
@@ -329,9 +340,10 @@ def check_sources(words: Sequence[str], started_in: str | None = None, *, val_wo
 
 
 def val_set_names(words: Sequence[str]) -> list[str]:
-    """Return the name of each validation set in metrics, e.g. math for the file val/math.jsonl.
+    """Return the names in metrics of the data sets of --val_dataset, e.g. ['math'] for the file val/math.jsonl.
 
-    Only letters, digits, '.', '_' and '-' are kept. A name that is taken gets a number: math_2.
+    `words` are the values of --val_dataset. Only letters, digits, '.', '_' and '-' are kept. A name that is taken gets
+    a number: math_2.
     """
     names: list[str] = []
     for word in words:

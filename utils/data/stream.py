@@ -54,7 +54,7 @@ class LoggedTally(Tally):
     """A tally that also logs the 1st, 10th, 100th ... row of each reason, while the stream runs."""
 
     def add(self, reason: str, place: str) -> None:
-        """Count one row under `reason`, and log it if the count is a power of ten."""
+        """Count one row under `reason`. Log the row if it is the 1st, 10th, 100th and so on with this reason."""
         super().add(reason, place)
         count = self.counts[self.known(reason)]
         if count == 10 ** (len(str(count)) - 1):
@@ -150,8 +150,8 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 
             if not rows:
                 raise ConfigError(
-                    f'--dataset {name}: no training row is left to fill its share. Its rows are skipped or held out. '
-                    f'Lower --stream_val_rows, or remove {name} from --dataset.'
+                    f'--dataset {name}: this data set has no row left for training. All its rows are skipped or held '
+                    f'out for validation. Lower --stream_val_rows, or remove {name} from --dataset.'
                 )
             if counts and done == 0:
                 logger.info(f'{name}: all {rows} rows are read. They are now read again.')
@@ -212,9 +212,11 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return index
 
     def _encoded(self, rows: Sequence[tuple[Row, bool]]) -> Iterator[dict[str, Any]]:
-        """Encode the rows, and yield each encoded row with its index. The last rows are kept in memory.
+        """Encode rows, and yield each encoded row as a dict. Its index in the stream has the key `row`.
 
-        Rows that are read for the first time are added to the report.
+        An item of `rows` is (row, whether it is read for the first time). Skipped rows and notes are counted in the
+        report only when a row is read for the first time. The rows that were yielded last are kept in memory for `row`
+        and `origin`.
         """
         again = EncodedAgain(self.encoder)
         found: dict[int, Encoded] = {}
@@ -243,7 +245,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return self._recent[index][1]
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the row with this index. It must be one of the last rows, which are kept in memory."""
+        """Return one row as a dict. It must be one of the rows yielded last: only these are kept in memory."""
         return self._recent[index][0]
 
     def first(self, count: int, report: EncodingReport | None = None) -> list[dict[str, Any]]:
@@ -259,9 +261,10 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return [piece.as_item() for row in encoded for piece in self.encoder.pieces_of(row, limit)]
 
     def lengths(self) -> list[int]:
-        """Return row lengths in tokens that stand for all rows, because most rows are not read yet.
+        """Return some row lengths in tokens. They are an estimate, because most rows of a stream are not read yet.
 
-        The list has one item, --max_length. If --max_length is -1 (no limit), it has the lengths of the first rows.
+        If --max_length is set, the list is [--max_length]. If --max_length is -1 (no limit), the list has the lengths
+        of the first rows.
         """
         limit = self.encoder.max_length
         if limit > 0:
@@ -269,7 +272,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return [len(item['input_ids']) for item in self.first(_FIRST_ROWS)]
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return one batch with the longest of the first rows. Later rows are not known yet."""
+        """Return a list with one batch: the `count` longest of the first rows. Later rows are not read yet."""
         return [heapq.nlargest(count, self.first(_FIRST_ROWS), key=lambda item: len(item['input_ids']))]
 
     def summary(self) -> dict[str, Any]:
@@ -292,9 +295,10 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 
 
 def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]:
-    """Return the first `count` rows of each data set, or of its validation part if it has one.
+    """Return the validation rows of a stream: the first `count` rows of the validation split of each data set.
 
-    Skipped rows and notes are added to the report only for validation parts.
+    If a data set has no validation split, its first `count` rows are returned. Skipped rows and notes are counted in
+    `report` only for validation splits.
     """
     for parts in sources.sources:
         if len(parts) == 1:
@@ -318,7 +322,10 @@ def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]
 def _validation(
     encoder: Encoder, sources: Streams, val_rows: int, report: EncodingReport
 ) -> tuple[EncodedRows, dict[str, Any]]:
-    """Return the encoded validation rows, and an entry for run.json with the rows of each set of --val_dataset."""
+    """Return the encoded validation rows, and a dict for run.json.
+
+    The dict has the number of rows of each data set of --val_dataset. It is empty if there is no --val_dataset.
+    """
     if sources.val is None:
         val, _ = encode_rows(encoder, _held_out(sources, val_rows, report), report)
         return val, {}

@@ -35,11 +35,14 @@ _FIRST_ROWS = 64
 class Streams:
     """The opened data sets of a streamed run.
 
-    `sources` has one list for each data set: [training part, validation part], or [the only part]. `shares` has the
-    share of each data set. It is empty if a row is taken from each data set in turn.
+    `sources` has one list for each data set of --dataset: [training split, validation split], or [a single part with
+    all rows]. `shares` has the share of each data set (name%0.3). If --dataset gives no shares, `shares` is empty, and
+    a row is taken from each data set in turn.
 
-    `val` is the plan of the rows of --val_dataset, which are not streamed. Only if it is None, validation rows are held
-    out from `sources`.
+    Without --val_dataset, `val` is None, and the validation rows are taken from `sources`. With --val_dataset, `val` is
+    the plan of its rows. These rows are not streamed, and no rows of `sources` are held out.
+
+    `decisions` has log lines about the data sets.
     """
 
     sources: list[list[Part]]
@@ -56,10 +59,11 @@ def open_streams(
     seed: int = 42,
     reading: Reading = AS_WRITTEN,
 ) -> Streams:
-    """Return the opened data sets of a streamed run. The rows of --val_dataset are not streamed.
+    """Open the data sets of a streamed run. The rows of --val_dataset are not streamed.
 
-    Raises ConfigError if the first row of a part cannot be read, or if the first rows of all parts lack a column that
-    --columns names.
+    `words` are the values of --dataset, and `val_words` are the values of --val_dataset. Raises ConfigError if the
+    first row of a data set cannot be read. Also raises ConfigError if --columns names a column that the first rows of
+    all data sets lack.
     """
     named = [parse_source(word) for word in words]
     sources = [open_parts(source, hub=hub, reading=reading) for source in named]
@@ -85,9 +89,10 @@ def open_streams(
 
 
 def first_rows(sources: Sequence[Sequence[Part]], count: int) -> list[Row]:
-    """Return the rows that a stream holds out: the first `count` rows of each data set.
+    """Return the validation rows of a stream: the first `count` rows of each data set.
 
-    If a data set has a validation part, the rows are taken from the validation part.
+    `sources` has one list for each data set: [training split, validation split], or [a single part with all rows]. If a
+    data set has a validation split, its rows are taken from this split.
     """
     found: list[Row] = []
     for parts in sources:
@@ -112,9 +117,10 @@ def stream_decisions(typed: LossScope | None, streams: Streams) -> list[str]:
 
 
 def some_rows(rows: Plan | Streams, use: int, count: int) -> list[Row]:
-    """Return up to `count` rows whose use is `use`: the first rows of each part, in equal shares.
+    """Return up to `count` training rows (`use` is TRAIN) or validation rows (`use` is VAL).
 
-    Streams without --val_dataset ignore `use` and return their first rows.
+    They are the first rows of the data sets, about the same number from each. For Streams without --val_dataset, `use`
+    is ignored.
     """
     if isinstance(rows, Streams):
         if rows.val is None or use != VAL:

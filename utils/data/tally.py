@@ -1,4 +1,4 @@
-"""Counts the rows that were skipped or altered, by reason."""
+"""Counts the rows that were skipped or altered, for each reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ OTHER_REASONS = f'another reason than the first {_MOST_REASONS}'
 
 @dataclass(kw_only=True)
 class Tally:
-    """Counts rows by reason, and keeps the locations of the first rows of each reason."""
+    """Counts rows that were skipped or altered, for each reason, and keeps the locations of the first of them.
+
+    A reason is a text for messages, for example 'the row is None'.
+    """
 
     counts: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
@@ -49,7 +52,7 @@ class Tally:
         return sum(self.counts.values())
 
     def lines(self, verb: str) -> list[str]:
-        """Return one line per reason, with the number of its rows and the locations of the first of them.
+        """Return one log line for each reason: how many rows have this reason, and where the first of them are.
 
         `verb` says in each line what happened to the rows, e.g. 'skipped'.
         """

@@ -18,7 +18,10 @@ Change = tuple[str, Any, Any]
 
 
 def _flat(value: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Return a flat dict of the values of a nested dict. Its keys are the nested keys, joined with dots."""
+    """Return the values of a nested dict as a flat dict, for example {'a': {'b': 1}} as {'a.b': 1}.
+
+    Values that differ between any two runs, for example `output_dir`, are left out.
+    """
     flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict) and item:

@@ -32,9 +32,10 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 
 
 def curves_of(*runs: RunFiles) -> list[tuple[str, Sequence[tuple[str, str]]]]:
-    """Return the list of charts for these runs, with the same structure as CURVES.
+    """Return the charts for these runs as a list of (title, lines). A line is (name, key in history.json).
 
-    CURVES has the charts of every run. Scores of generated answers and validation sets add more charts.
+    Every run has the charts in CURVES. If a run scores generated answers, it also has a chart for each score. If a run
+    has two or more validation sets, it also has charts for each set.
     """
     scores = {key: title for run in runs for key, title in curves_of_scores(run.record.flags).items()}
     sets = {key: title for run in runs for key, title in curves_of_sets(run.record.flags).items()}

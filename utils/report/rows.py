@@ -24,9 +24,9 @@ Row = dict[str, Any]
 
 
 def kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return {kind: rows} for all rows with a loss before and after training. `rows` is the content of rows.jsonl.
+    """Return a dict from what training did to a row to the rows, for example {'learnt': [...], 'got worse': [...]}.
 
-    A kind says what training did to a row, for example 'learnt'. Each row belongs to exactly one kind.
+    `rows` is the content of rows.jsonl. A row is left out if its loss before or after training is missing.
     """
     found: dict[str, list[Row]] = {'got worse': [], 'the base knew': [], 'learnt': [], 'not learnt': []}
     for row in rows:
@@ -76,7 +76,7 @@ def _loss(row: Row) -> str:
 
 
 def read_answers(file: Path) -> dict[str, Row]:
-    """Return {origin of a row: its answer and scores} for a file of llm_infer.py.
+    """Return a dict from the origin of each row to its answer and scores. `file` is a file that llm_infer.py wrote.
 
     Raises ConfigError for any other file.
     """
@@ -91,10 +91,10 @@ def read_answers(file: Path) -> dict[str, Row]:
 
 
 def compare_answers(before: Path, after: Path, target: Path) -> None:
-    """Print which rows score higher or lower in the second set of answers than in the first, and write a page of them.
+    """Print which rows have higher or lower scores in `after` than in `before`, and write these rows to a page.
 
-    Rows are compared by the first score. Raises ConfigError if the files have no row or no score in common, or if
-    `target` cannot be written.
+    `before` and `after` are files of llm_infer.py, and `target` is the page. Rows are compared by the first score.
+    Raises ConfigError if the files have no row or no score in common, or if `target` cannot be written.
     """
     left = read_answers(before)
     right = read_answers(after)

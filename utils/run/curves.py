@@ -53,18 +53,18 @@ def scores_of(flags: Mapping[str, Any]) -> list[str]:
 
 
 def curves_of_scores(flags: Mapping[str, Any]) -> dict[str, str]:
-    """Return {key in log_history: title of the curve} for the scores of generated answers.
+    """Return a dict from keys of the log history to titles of curves, for the scores of generated answers.
 
-    ROUGE and BLEU are left out, because they have fixed titles.
+    ROUGE and BLEU are left out, because every run has their curves. `flags` are the flags in the run's record.
     """
     keys = (f'eval_{score}' for score in scores_of(flags))
     return {key: f'validation {key.removeprefix("eval_")}' for key in keys if key not in _CURVES}
 
 
 def curves_of_sets(flags: Mapping[str, Any]) -> dict[str, str]:
-    """Return {key in log_history: title of the curve} for the curves of each set of --val_dataset.
+    """Return a dict from keys of the log history to titles of curves, for each data set of --val_dataset.
 
-    The dictionary is empty if there are fewer than two sets.
+    If there are fewer than two data sets, returns {}. `flags` are the flags in the run's record.
     """
     names = val_set_names(flags.get('val_dataset') or ())
     if len(names) < 2:

@@ -1,7 +1,7 @@
 """--resume_from_checkpoint last: finds the newest undamaged checkpoint of a run that fits the command.
 
-A run fits if it has the flags, data, base weights and number of processes of the command. So the same command starts
-a run, and continues the run after the process was killed.
+A run fits if it has the flags, data, base weights and number of processes of the command. So if a run is killed, the
+same command continues it.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ def _check_everywhere(checkpoint: Path) -> None:
 
 
 def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) -> Found:
-    """Search the runs of this model from the newest to the oldest, and return what was found.
+    """Search the runs of this model from the newest to the oldest for a run that this command can resume.
 
-    Each run is compared with this command. `record` is the record that a new run of this command would have, and `data`
-    is the entry `data` that its lock.json would have. The run in --from_run is skipped, because this command trains
-    that run once more from its beginning.
+    `record` has the flags and the base weights of this command, as sft_args.json stores them. `data` has the hash of
+    the rows of each data set of this command, as lock.json stores it. If --from_run names a run, that run is skipped,
+    because this command trains it once more from its beginning.
     """
     found = Found()
     at_end = None
@@ -137,8 +137,8 @@ def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) ->
 def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None:
     """Return why this command cannot resume the earlier run in the folder `run`. Returns None if it can.
 
-    The earlier run is compared with `record` and `data`. `record` is the record that a new run of this command would
-    have, and `data` is the entry `data` that its lock.json would have.
+    `record` has the flags and the base weights of this command, as sft_args.json stores them. `data` has the hash of
+    the rows of each data set of this command, as lock.json stores it.
     """
     try:
         earlier = RunRecord.read(run)

@@ -43,13 +43,14 @@ _GIVE_ADAPTER = 'Give the checkpoint of a LoRA run: output/<model>/vN-<time>/che
 
 
 def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnings: list[str]) -> Parsed[SftArguments]:
-    """Set the flags that --adapter decides, unless they were typed, and return the command line.
+    """Set the flags that the adapter of --adapter decides, unless they were typed. Returns the command line.
 
-    Adds a line to `decisions` for each flag that is set, and a problem for each typed flag that does not fit the
-    adapter. Adds a line to `warnings` if the base model or the template differs or cannot be checked.
+    Adds a line to `decisions` for each flag that is set. If a typed flag does not fit the adapter, adds a problem to
+    `parsed.problems`. If the base model or the template is not that of the adapter, or cannot be checked, adds a line
+    to `warnings`.
 
-    If a command without --adapter resumes a run that began with --adapter, the values come from the resumed checkpoint.
-    Any other command line without --adapter is returned unchanged.
+    A command without --adapter may resume a run that began with --adapter. Its flags are set from the resumed
+    checkpoint. Any other command without --adapter is returned unchanged.
     """
     args = parsed.args
     if args.adapter is None:
@@ -146,10 +147,10 @@ def adapter_flags(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], decisions: list[str]) -> None:
-    """Set each flag of `adapter_flags` to the value of the adapter, unless the flag was typed.
+    """Set the flags that describe an adapter (e.g. --lora_rank) to the values of the adapter, unless they were typed.
 
-    Adds a problem for each typed flag with a different value. Typed names of layers are compared later, when the model
-    is open.
+    `config` is the content of adapter_config.json. Adds a line to `decisions` for each flag that is set, and a problem
+    for each typed flag with a different value. Typed names of layers are compared later, when the model is open.
     """
     for name, value in adapter_flags(config).items():
         typed = getattr(parsed.args, name)
@@ -188,9 +189,12 @@ def _fill_model(
 def _fill_from_run(
     parsed: Parsed[SftArguments], record: RunRecord, decisions: list[str], warnings: list[str] | None = None
 ) -> None:
-    """Set --template_type and --freeze_vision to their values in the run that trained the adapter, unless typed.
+    """Set --template_type and --freeze_vision to the values that the adapter was trained with, unless they were typed.
 
-    If `warnings` is given, a line is added for each typed flag that differs, and if the system text differs.
+    `record` is the record of the run that trained the adapter. Adds a line to `decisions` for each flag that is set.
+
+    If `warnings` is given, adds a line to it if one of the two flags was typed with a different value. Also adds a line
+    if the adapter was trained with a different --system.
     """
     args = parsed.args
     for name in _OF_RUN:
@@ -210,9 +214,10 @@ def _fill_from_run(
 
 
 def _fill_from_checkpoint(parsed: Parsed[SftArguments], decisions: list[str]) -> Parsed[SftArguments]:
-    """Take the flags that --adapter decides from the resumed checkpoint, except flags that were typed.
+    """Set the flags that describe the adapter and its base model to the values in the resumed checkpoint.
 
-    This is for a command that resumes a run that began with --adapter. Any other command line is returned unchanged.
+    Typed flags are not changed. If the command does not resume a run that began with --adapter, nothing is changed.
+    Returns the command line.
     """
     if parsed.args.resume_from_checkpoint is None:
         return parsed

@@ -184,7 +184,11 @@ def _check_verification(parsed: Parsed[SftArguments], problems: Problems) -> Non
 
 
 def steps_to_verify(parsed: Parsed[SftArguments]) -> int:
-    """Return how many steps --verify true repeats. `parsed` is the command line typed now."""
+    """Return how many steps of the earlier run --verify true trains again.
+
+    If --max_steps is typed, its value is returned, otherwise a default. `parsed` is the typed command line, without the
+    flags of the earlier run.
+    """
     return parsed.args.max_steps if 'max_steps' in parsed.typed else _VERIFIED_STEPS
 
 
@@ -286,8 +290,10 @@ def check_same_data(
 ) -> list[str]:
     """Add a problem for each data set whose rows differ from the rows of the run that wrote the checkpoint.
 
-    If `only` is given, only these data sets are compared. Returns [warning] if the run folder has no lock.json, so that
-    nothing can be compared, else [].
+    `now` is the entry `data` of lock.json for this command. If `only` is given, only the data sets in `only` are
+    compared. `remedy` is the end of the message, for example 'type --dataset to answer all rows'.
+
+    If the run folder has no lock.json, nothing can be compared, and [warning] is returned. Otherwise, [] is returned.
     """
     file = checkpoint.absolute().parent / LOCK_JSON
     if not file.is_file():
@@ -298,17 +304,19 @@ def check_same_data(
         has = now.get(source, {})
         if had.get('sha256') != has.get('sha256'):
             problems.add(
-                f'--{_flag_of(had, has)} {source}: the rows have changed since {checkpoint.name} was trained (sha256 '
-                f'{str(had.get("sha256"))[:12]} then and {str(has.get("sha256"))[:12]} now, {had.get("rows", 0)} rows '
-                f'then and {has.get("rows", 0)} now). Put the data back, {remedy}.{_commit_then(source, had, has)}'
+                f'--{_flag_of(had, has)} {source}: the rows have changed since {checkpoint.name} was trained: '
+                f'{had.get("rows", 0)} rows then (sha256 {str(had.get("sha256"))[:12]}), {has.get("rows", 0)} rows now '
+                f'(sha256 {str(has.get("sha256"))[:12]}). Put the data back, or {remedy}.'
+                f'{_commit_then(source, had, has)}'
             )
     return []
 
 
 def _flag_of(*entries: dict[str, Any]) -> str:
-    """Return the name of the flag that named a data set: 'dataset' or 'val_dataset'.
+    """Return the flag that names a data set: 'dataset' or 'val_dataset'.
 
-    `entries` are entries of lock.json for this data set. Only entries of validation sets have the key `flag`.
+    `entries` are entries of lock.json for this data set. If an entry has the key `flag`, its value is returned,
+    otherwise 'dataset'.
     """
     return next((entry['flag'] for entry in entries if 'flag' in entry), 'dataset')
 

@@ -30,7 +30,7 @@ RUN_JSON = 'run.json'
 
 _GIVE_RUN = 'Give a run folder, output/<model>/vN-<time>.'
 _RESTORE = 'Put back the file that the run wrote.'
-_RESUME_REMEDY = 'or leave --resume_from_checkpoint out to start a new run'
+_RESUME_REMEDY = 'leave --resume_from_checkpoint out to start a new run'
 # Flags that do not change how a run trains: they decide what the run shows, or how it is started.
 _SHOWN = (
     'show_samples', 'report_samples', 'report_to', 'drift', 'compare_rows', 'from_run', 'doctor', 'verify',
@@ -106,9 +106,10 @@ class RunRecord:
         return replace(self, flags={**self.flags, **flags})
 
     def with_decision(self, name: str, value: Any) -> RunRecord:
-        """Return a copy of the record with the decided value.
+        """Return a copy of the record in which the flag or field `name` has the decided value.
 
-        The field `asked` keeps the value before the first decision.
+        The field `asked` of the copy has the value from before. If `name` is decided several times, `asked` has the
+        value from before the first decision.
         """
         if name in _FACTS:
             before = getattr(self, name)
@@ -200,13 +201,14 @@ def _checkpoint_problem(checkpoint: Path) -> str | None:
 
 
 def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: list[str]) -> Parsed[InferArguments]:
-    """Set each flag that was not typed to its value in the record of the training run, and return the arguments.
+    """Set the flags that were not typed to their values in the training run, and return the command line.
 
-    Only flags that llm_sft.py has too are set. All other flags, such as --check_server, --llama_cpp and --result_path,
-    send data, run a file or write a file. They must be typed, because a checkpoint can come from anyone.
+    A checkpoint can come from anyone, so its record must not make this command send data, run a file or write a file.
+    Therefore only flags that llm_sft.py has too are set. Flags such as --check_server, --llama_cpp and --result_path
+    must be typed.
 
-    Adds a problem if a different base model was typed. Adds a warning for each other typed flag whose value differs
-    from the record.
+    Adds a problem if a different base model was typed. Adds a line to `warnings` for each other typed flag whose value
+    differs from that of the training run.
     """
     args = parsed.args
     record = trained.record
@@ -391,7 +393,7 @@ def check_resumed_template(checkpoint: Path, record: RunRecord) -> None:
     raise ConfigError(
         f'--resume_from_checkpoint {checkpoint}: the template has changed since that run (its sha256 was '
         f'{then[:12]}, now it is {now[:12]}), so other prompts would be trained. '
-        f'{_template_remedy(resumed.flags, record.flags)}, {_RESUME_REMEDY}.'
+        f'{_template_remedy(resumed.flags, record.flags)}, or {_RESUME_REMEDY}.'
     )
 
 

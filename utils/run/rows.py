@@ -29,16 +29,14 @@ from utils.run.lock import DATA_FLAGS, check_same_data, recorded
 from utils.run.record import Trained
 
 HELD_OUT_JSON = 'held_out.json'
-_INFER_REMEDY = 'or type --dataset to answer all rows of a data set: which rows the run held out cannot be found out'
+_INFER_REMEDY = 'type --dataset to answer all rows of a data set: which rows the run held out cannot be found out'
 
 
 def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
-    """Return the rows of a training run: opened streams with --streaming true, else a plan.
+    """Return the rows of a training run, as Streams with --streaming true, else as a Plan.
 
-    A plan is made in a first pass over the data.
-
-    Logs the decisions (rows not drawn, replies that carry loss, validation parts not used), and adds them to `done`.
-    For a plan, also logs the notes on rows as warnings, and adds them to `done`.
+    For a Plan, all data are read once. Logs the decisions (rows not drawn, replies that carry loss, validation splits
+    not used), and adds them to `done`. For a Plan, also logs the notes on rows as warnings, and adds them to `done`.
     """
     args = done.args
     rows = _opened(done)
@@ -99,11 +97,13 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
 
 
 def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
-    """Return the data entry of lock.json for streams: for each stream, {'rows': ..., 'sha256': ...}.
+    """Return the entry `data` of lock.json for a streamed run.
 
-    The first max(1, `count`) rows of each stream are read. `rows` says how many rows were read. `sha256` is a hash of
-    these rows and of the share that --dataset gives to the stream (name%0.3). The entries of --val_dataset come from
-    `sources.val`.
+    For example, {'a.jsonl': {'rows': 100, 'sha256': 'e3b0...'}}. The first max(1, `count`) rows of each data set of
+    --dataset are read. `rows` is the number of rows that were read. `sha256` is a hash of these rows. If --dataset
+    gives the data set a share (name%0.3), the hash covers the share too.
+
+    The data sets of --val_dataset are not streamed, and their entries cover all their rows.
     """
     found: dict[str, dict[str, Any]] = sources.val.lock() if sources.val else {}
     for parts, share in itertools.zip_longest(sources.sources, sources.shares):
@@ -116,7 +116,7 @@ def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
 
 
 def lock_of(rows: Plan | Streams, args: SftArguments) -> dict[str, dict[str, Any]]:
-    """Return the data entry of lock.json: for each data set, the number of rows and their hash."""
+    """Return the entry `data` of lock.json: for each data set, the number of rows and a hash of the rows."""
     return rows.lock() if isinstance(rows, Plan) else streams_lock(rows, args.stream_val_rows)
 
 
@@ -142,14 +142,15 @@ def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
 def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list[Row]:
     """Return the rows that llm_infer.py answers.
 
-    They are the first of these sets that the command has:
-    1. the rows of --val_dataset, typed now or taken over from the run
-    2. all rows of --dataset, if --dataset is typed now without --dataset_test_ratio
-    3. for a trained model, the validation rows that the run held out
-    4. for an untuned model, the rows that a run would hold out
+    The rows are chosen by the first condition of this list that is true:
 
-    Raises ConfigError if the data have changed since the run. From changed data, other validation rows would be drawn,
-    and the run could have trained on these rows.
+    1. If --val_dataset is typed, or the training run had it: the rows of --val_dataset.
+    2. If --dataset is typed without --dataset_test_ratio: all rows of --dataset.
+    3. If the model was trained by a run: the validation rows that the run held out.
+    4. Otherwise: the validation rows that a training run with these flags would hold out.
+
+    Raises ConfigError if the data have changed since the training run. In changed data, other rows would be drawn for
+    validation, and the model could have been trained on them.
     """
     args = done.args
     flags = trained.record.flags if trained is not None else {}
@@ -187,9 +188,10 @@ def _log(lines: Sequence[str]) -> None:
 
 
 def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: Sequence[str]) -> list[Row]:
-    """Return the rows of the sets of --val_dataset. The data sets of --dataset are not read.
+    """Return the rows of the data sets of --val_dataset. The data sets of --dataset are not read.
 
-    Raises ConfigError if the run had the same sets and their rows have changed since.
+    `words` are the values of --val_dataset. If the training run had the same data sets of --val_dataset, and their rows
+    have changed since the training run, raises ConfigError.
     """
     args = done.args
     flags = trained.record.flags if trained is not None else {}
