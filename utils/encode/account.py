@@ -150,9 +150,11 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 
 
 def _other_words(value: Any) -> Iterator[str]:
-    """Yield the words of a nested value that are not texts of the row: keys, numbers, and types in schemas.
+    """Yield all keys and numbers of a nested value. Also yield the strings under the keys `type` and `required`.
 
-    Example: {'type': 'string', 'size': 1} -> 'type', 'string', 'size', '1'
+    All other strings are left out.
+
+    Example: {'type': 'string', 'size': 1, 'title': 'a'} -> 'type', 'string', 'size', '1', 'title'
     """
     value = _parsed(value)
     if isinstance(value, Mapping):
@@ -395,9 +397,12 @@ class _Rendered:
         return ''.join([*parts, self.text[position:]])
 
     def count_span(self, start: int, end: int, length: int) -> dict[str, int]:
-        """Return how many characters at start:end were cut, have no loss, and carry loss.
+        """Return a dict from outcomes to numbers of characters at start:end.
 
         Example: {'cut': 3, 'context': 5, 'trained': 9}
+
+        A `cut` character was removed by the cut to max_length. A `context` character carries no loss. A `trained`
+        character carries loss.
 
         The counts are scaled so that their sum is `length`, the length of the same text in the row. The rendered text
         may be longer than the text in the row, for example because of JSON escapes.
@@ -434,10 +439,11 @@ class _Rendered:
 
 
 class _SearchResult(NamedTuple):
-    """The result of the search for one text of a row in the rendered row, the text that the template makes of the row.
+    """Says where one text of a row was found in the rendered row.
 
-    `counts` is a dict from outcomes to numbers of characters, for example {'context': 9}. `at` is the span in which the
-    whole text was found. `start` is the position at which the search began.
+    The rendered row is what the template prints for the row. `counts` is a dict from outcomes to numbers of characters,
+    for example {'context': 9}. `at` is the (start, end) of the text in the rendered row. If the whole text was not
+    found, `at` is None. `start` is the position at which the search began.
     """
 
     row_text: _RowText
@@ -502,11 +508,11 @@ def _search_with_markers(
 ) -> None:
     """Correct the positions of the texts in `results` whose indices are in `doubtful`.
 
-    The row is rendered again with markers (made-up words) in place of these texts. The position of a marker is the
-    position of its text.
+    The row is rendered again, with a marker (a made-up word) in place of each of these texts. The position of a marker
+    is the position of its text.
 
-    If the changed row is refused, the old positions are kept. They are also kept if the template prints anything else
-    differently.
+    If the template refuses the changed row, the old positions are kept. The old positions are also kept if the two
+    renderings of the row differ anywhere except at the markers.
     """
     whole = [number for number in doubtful if results[number].at is not None]
     marks = {number: _marker(number) for number in whole}
@@ -546,8 +552,8 @@ def _store_position(results: list[_SearchResult], number: int, spans: list[_Span
 
     If `spans` is empty, the text counts as not used.
 
-    Equal names share one list `spans`. So the stored span of a name is removed from the list, and the next equal name
-    gets the next span. The last span is never removed.
+    If the text is a name or an id, spans[0] is then removed from `spans`. The caller passes the same list for each
+    equal name, so the next name gets the next span. The last span stays in the list for all further names.
     """
     row_text = results[number].row_text
     if not spans:
@@ -651,9 +657,10 @@ class Account:
             self._count_unused(name, 1)
 
     def _search_all(self, row: Row, encoded: Encoded, rendered: _Rendered) -> Iterator[_SearchResult]:
-        """Search each text of a row in the rendered row, the text that the template makes of it. Yields the results.
+        """Look for each text of a row in `rendered`, and yield one result for each text.
 
-        The texts are searched in the order of the turns. But names and ids, such as `tool_call_id`, are searched last.
+        `rendered` is what the template prints for the row. The texts come in the order of the turns, but names and ids,
+        such as `tool_call_id`, come last.
         """
         found = list(row_texts(row.written))
         replies = sorted(
@@ -734,9 +741,10 @@ class Account:
     def _search_parts(
         self, whole: str, rendered: _Rendered, start: int, *, has_images: bool
     ) -> tuple[dict[str, int], int]:
-        """Split a text at line ends and tags, and search each part from `start` on.
+        """Split the text `whole` at line ends and tags, and look for each part in `rendered`.
 
-        Returns (dict from outcomes to numbers of characters, position at which the last found part ends).
+        The search begins at the position `start` of `rendered`. Returns (dict from outcomes to numbers of characters,
+        end of the last found part in `rendered`).
         """
         counts: dict[str, int] = {}
         end = 0

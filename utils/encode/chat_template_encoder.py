@@ -320,8 +320,9 @@ class AutoEncoder(Encoder):
 
         Example: ({'enable_thinking': True}, False)
 
-        Some generation prompts end in a closed think block, so no reasoning can follow. With the setting, the block is
-        open or missing.
+        Some generation prompts end in a closed think block, such as <think></think>, so no reasoning can follow. With
+        the returned setting, the prompt has no think block, or it ends in an opening think tag. Then reasoning can
+        follow.
 
         The setting is {} if the template has no variable for thinking, or if the user has already set the variable.
         """
@@ -460,7 +461,11 @@ class AutoEncoder(Encoder):
         return self._switch if self.asks_to_think else _NOTHING
 
     def settings_of(self, row: Row) -> Mapping[str, Any]:
-        """Return the template settings for a row. They are {} if its last reply has no reasoning."""
+        """Return the template settings with which a row is rendered, for example {'enable_thinking': True}.
+
+        If the last reply of the row has no reasoning, the result is {}. Otherwise, the result is the setting that turns
+        thinking on, or {} if the template has no setting for thinking.
+        """
         return self._switch if self._has_reasoning(row.messages[-1], with_tools=self._lists_tools(row)) else _NOTHING
 
     def in_its_form(self, messages: Sequence[Mapping[str, Any]], row: Row) -> list[Any]:
@@ -726,8 +731,8 @@ class AutoEncoder(Encoder):
     def _as_written(self, prompt: str, content: str, frame: _Frame, *, has_reasoning: bool) -> str:
         """Return the text to train on after the prompt, with the reply exactly as it is in the row.
 
-        It is used if the template would change the reply. Before the reply it has what the template usually prints
-        there, and after the reply the end of turn.
+        The caller uses this text if the template would change the reply. The text has three parts: what the template
+        usually prints before a reply, the reply, and the end of turn.
         """
         lead = frame.lead
         opens = _OPEN_THINK.search(prompt)
@@ -845,9 +850,9 @@ class AutoEncoder(Encoder):
 
         `whole` has the ids of prompt and reply, tokenised as one text.
 
-        The tail of the prompt is its text from the last control token on. Only the tail can have other ids if a reply
-        follows. `tails` is a dict from tails to their ids without a reply. If `whole` has other ids for the tail, the
-        result is 0.
+        The tail is the end of the prompt, from the last control token on. `tails` is a dict from tails to the ids of
+        the tail without a reply. If a tokenizer merges the tail with the beginning of the reply, `whole` does not
+        contain the ids of the tail, and the result is 0.
         """
         # Tokenizers first split text at control tokens. So a reply cannot change the ids before the last of them.
         count, start = self.text.last_control(prompt)
@@ -894,9 +899,10 @@ class AutoEncoder(Encoder):
     # --- earlier replies that carry loss
 
     def _add_earlier(self, rows: Sequence[Row], parts: Sequence[_Parts], encoded: list[Encoded]) -> None:
-        """Add the spans of earlier replies that carry loss to each encoded row.
+        """Add the spans of earlier replies to the encoded rows.
 
-        If the row says that its last reply carries no loss, the span of the last reply is removed.
+        An earlier reply is a reply before the last reply of its row. If an earlier reply carries no loss, its span is
+        not added. If the last reply of a row carries no loss, the span of the last reply is removed.
         """
         found: list[_Earlier] = []
         for index, (source, part) in enumerate(zip(rows, parts, strict=True)):

@@ -210,11 +210,13 @@ class TextTokenizer:
         return f'{self._nonce}={number};'
 
     def _make_inert(self) -> tuple[Any, dict[int, int]]:
-        """Return a copy of the Rust tokenizer that reads control tokens as plain text, and a dict of ids.
+        """Return (copy of the Rust tokenizer, dict from ids in the copy to ids in the tokenizer).
 
-        A control token of the template must still become its id. So the caller first replaces it by an alias, which is
-        a random text. In the copy, each alias is one token. The dict leads from the id of an alias to the id of its
-        control token. It also leads from the copy's ids of other added tokens to their ids in the tokenizer.
+        The copy reads control tokens as plain text. But a control token of the template must still become one id. So
+        the caller first replaces the control token by an alias, which is a random text. In the copy, an alias is one
+        token, and the dict leads from the id of the alias to the id of the control token.
+
+        The ids of added tokens are different in the copy, so the dict contains these ids too.
         """
         from tokenizers import AddedToken, Tokenizer
 
@@ -265,7 +267,10 @@ class TextTokenizer:
         return ids
 
     def _text_ids(self, run: str) -> list[int]:
-        """Return the ids of a text with stand-ins of `guard`, but without control tokens."""
+        """Return the ids of `run`, a text in which `guard` has replaced each control token by a stand-in.
+
+        A stand-in is a random text. A stand-in for `<|im_end|>` becomes the ids of `<`, `|`, `im` and so on.
+        """
         ids: list[int] = []
         # This tokenizer always finds added tokens that are not special. So the text of such a token is cut into two.
         cut = f'{self._nonce}/'
@@ -283,9 +288,12 @@ class TextTokenizer:
         return spelling if token.special else f'{spelling[:1]}{cut}{spelling[1:]}'
 
     def ids_after_control(self, text: str) -> list[int]:
-        """Return the ids that a text has directly after a control token. The text can contain stand-ins.
+        """Return the ids of `text`, tokenised as if a control token stood directly before the text.
 
         Some tokenizers put a space before the first word of a text. This space is not added here.
+
+        `text` can contain stand-ins: random texts by which `guard` replaced control tokens. A stand-in for `<|im_end|>`
+        becomes the ids of `<`, `|`, `im` and so on.
         """
         tokens = self.tokenizer.added_tokens_decoder
         before = next((s for s, index in self.control_ids.items() if not (tokens[index].rstrip or s in text)), None)

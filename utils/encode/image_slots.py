@@ -30,12 +30,13 @@ def new_places(ids: list[int], found: FoundImages, slot: int) -> list[int]:
 def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[Row, FoundImages]:
     """Return the row with each image tag replaced by `stand_in`, and its images as (path, number of features).
 
-    Only tags in user turns are replaced. If no user turn has a tag, images from a column of {bytes, path} are put
-    before the text of the first user turn.
+    Only tags in user turns are replaced. A row is untagged if it has images in a column of {bytes, path}, but no image
+    tag in a user turn. The images of an untagged row are put before the text of the first user turn.
 
-    Raises RowRefused if an image cannot be used. If the model has no vision tower, `images` is None, and a row with
-    images raises RowRefused. There is one exception: images from a column of {bytes, path} are ignored if they have no
-    tags.
+    If the model has no vision tower, `images` is None. Then the images of an untagged row are ignored, and any other
+    row with images raises RowRefused.
+
+    Also raises RowRefused if an image cannot be used.
     """
     if images is None:
         if row.images and not is_untagged(row):

@@ -149,7 +149,8 @@ class TemplateEncoder(Encoder):
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Return (ids, spans) for each prompt. `contexts` has the return value of `_context` for each prompt.
 
-        The spans are (start, end) in the ids. Each span is a reply in the prompt that carries loss.
+        A prompt has all turns before the last reply, so it can contain earlier replies. `spans` has one (start, end) in
+        `ids` for each earlier reply that carries loss.
         """
         plain = [p for pieces, guarded, _ in contexts if not guarded for p in pieces if isinstance(p, str) and p]
         plain_ids = iter(self.text.ids(plain))

@@ -49,8 +49,10 @@ T = TypeVar('T')
 class FirstStepGate(TrainerCallback):
     """Tries steps, an evaluation and a checkpoint before the training, so that a lack of memory or disk shows early.
 
-    The heaviest batch is the micro-batch that needs the most memory. On CUDA, several micro-batches of a step are
-    joined into one larger batch if this batch fits into memory, because one large batch is faster.
+    The steps are tried with the micro-batches that need the most memory.
+
+    On CUDA, the gate also tries whether several micro-batches of a step fit into memory as one larger batch. If they
+    fit, the training computes them as one batch, which is faster.
     """
 
     def __init__(self, trainer: SftTrainer, *, resumed_from: str | None) -> None:

@@ -259,7 +259,8 @@ class _Check:
     def _is_explained(self, notes: set[str]) -> bool:
         """Return whether `notes` explain every difference between the row and the text of the chat template.
 
-        Each note names a change that the encoder made in the row. It explains only differences of this kind.
+        Each note names a change that the encoder made in the row. A note explains a difference only if the named change
+        can cause the difference.
         """
         inert = CONTROL_TOKENS in notes
         full = _rendering(self.encoder, self.row, inert=inert)
@@ -374,9 +375,12 @@ def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None
 
     Fixed test conversations (see `probes`) are compared too.
 
-    With --template_type auto, raises ConfigError if an unexplained difference is found. With any other --template_type,
-    the template may differ from the chat template: the first difference is only recorded, and rows with images are not
-    compared. With any template, raises ConfigError if a prompt or the loss of a row is wrong.
+    With --template_type auto, the encoder uses the chat template. Then an unexplained difference raises ConfigError.
+
+    With any other --template_type, the encoder uses a different template. Then the ids may differ: the first difference
+    is only recorded, and rows with images are not compared.
+
+    With every --template_type, raises ConfigError if a prompt or the loss of a row is wrong.
     """
     started = time.perf_counter()
     has_own = bool(encoder.tokenizer.chat_template)
@@ -462,8 +466,9 @@ def _judge(encoder: Encoder, row: Row, *, has_own: bool) -> tuple[Verdict, str |
 def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, first: str | None) -> str:
     """Return a sentence with the results of a passed check, for proofs.json and the log.
 
-    `name` is the name of the template. `rows` is the number of compared rows of the user. All other conversations in
-    `counts` are probes. `first` describes the first difference from the chat template, or is None.
+    `name` is the name of the template. `rows` is the number of compared rows from the user's data. All other
+    conversations in `counts` are probes, which are fixed test conversations. `first` describes the first difference
+    from the chat template, or is None.
     """
     tried = sum(counts.values())
     what = f'{tried} conversations ({rows} of your rows, {tried - rows} probes)'

@@ -32,9 +32,9 @@ class Next:
     def log_probability(self, text: str) -> float | None:
         """Return the log probability that the model gives to the first token of `text`.
 
-        The first token is a key of `likely` that is a prefix of `text`. If several keys are prefixes, the highest of
-        their log probabilities is returned. If no key is a prefix, returns None. If `text` is empty, returns the log
-        probability of the end of the answer.
+        Every key of `likely` that is a prefix of `text` could be the first token. The result is the highest log
+        probability of these keys. If no key is a prefix of `text`, the result is None. If `text` is empty, the result
+        is the log probability of the end of the answer.
         """
         if not text:
             return self.stop

@@ -133,9 +133,10 @@ class Deadline(TrainerCallback):
     def restore(self, stored: list[dict[str, Any]] | None) -> None:
         """Use the timetable `stored`, which was saved in the checkpoint from which this run resumes.
 
-        Does nothing without --max_minutes. If this run repeats an earlier run, `stored` is ignored, because `set` has
-        received the timetable of the earlier run.
+        Does nothing without --max_minutes. If this run repeats an earlier run, `stored` is ignored, and this run keeps
+        the timetable of the earlier run.
         """
+        # If this run repeats an earlier run, `set` has already set the timetable.
         if stored and self.minutes is not None and not self._is_repeated:
             self.trainer.timetable.restore(stored)
 

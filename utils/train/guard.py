@@ -130,9 +130,9 @@ class Guard(TrainerCallback):
 
         Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
 
-        If `judges_late` returns False, the current step is checked. If it returns True, the previous step is checked,
-        and the current step is checked at the next call. If the loss or the gradients of the current step are not
-        finite, the optimizer skips the current step.
+        The function `judges_late` decides which step is checked. If `judges_late` returns False, the current step is
+        checked. If `judges_late` returns True, each step is checked one call later. In that case, the optimizer skips
+        a step whose loss or gradients are not finite, and the next call raises ConfigError for this step.
         """
         step = state.global_step + 1
         if not judges_late(self.trainer):
@@ -179,7 +179,8 @@ class Guard(TrainerCallback):
         ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
 
         Also sets two attributes to the same value in all processes. `trainer.stop_agreed` says whether any process has
-        received a stop signal. `trainer.deadline.agreed` is the step after which the run is to end, or 0 for no change.
+        received a stop signal. `trainer.deadline.agreed` is the new last step of the run. If the planned last step does
+        not change, `trainer.deadline.agreed` is 0.
         """
         losses = torch.stack(self.losses).tolist()
         norm = self._norm_value()

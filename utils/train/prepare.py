@@ -67,13 +67,13 @@ def find_targets(
     if refused := [name for name in modules if last_name(name) in taken]:
         raise ConfigError(
             f'--lora_target_modules {", ".join(refused)}: PEFT cannot put LoRA on these linear layers of '
-            f'{type(model).__name__}, because PEFT uses their names for the stacked experts. Remove these names, or '
-            f'train the stacked experts with --lora_target_modules {",".join(sorted(experts))}.'
+            f'{type(model).__name__}. With these names, PEFT would put LoRA on the stacked experts instead. Remove '
+            f'these names, or train the stacked experts with --lora_target_modules {",".join(sorted(experts))}.'
         )
     if taken and (several := [word for word in wanted if word in ALL or word.startswith(PATTERN)]):
         logger.info(
-            f'--lora_target_modules {several[0]} puts no LoRA on the linear layers {", ".join(sorted(taken))}, because '
-            'PEFT uses their names for the stacked experts'
+            f'--lora_target_modules {several[0]} puts no LoRA on the linear layers {", ".join(sorted(taken))}. With '
+            'these names, PEFT would put LoRA on the stacked experts instead.'
         )
     return modules, list(parameters)
 

@@ -24,8 +24,10 @@ class Segment:
     - `steps`: the number of steps of the schedule.
     - `first`: how many steps of the run are complete when the segment begins.
     - `position`: the step of the schedule at which the segment begins. It can be fractional.
-    - `last`: how many steps of the run are complete when the schedule is at its last step.
+    - `last`: how many steps of the run are complete just before the last step of the run.
     - `end`: the number of the last step of the run.
+
+    The last step of the run has the learning rate of the last step of the schedule.
 
     With fp16, `end` also counts the steps that the optimizer skips. `first` and `last` do not count them.
     """

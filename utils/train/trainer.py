@@ -548,10 +548,10 @@ def _leaving_on_cpu(loader: Any) -> Any:
 
 
 def _last_replies(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return the token ids of the last reply of each row in a batch. They are all ids after the prompt of the row.
+    """Return one tensor for each row in a batch. It contains the last reply, which is all that follows the prompt.
 
-    If the last reply carries loss, its labels are returned instead: the ids that carry loss, and IGNORE_INDEX
-    elsewhere.
+    If the reply carries no loss, the tensor has the token ids of the reply. If the reply carries loss, the tensor has
+    the labels of the reply. A token that carries loss has its id as the label. All other tokens have IGNORE_INDEX.
     """
     replies = []
     ids_of_rows = split_rows(inputs, 'input_ids')
