@@ -136,9 +136,9 @@ def encode_batch(
 
 
 def _keeps_long(encoder: Encoder, ids: Encoded, row: Row, report: EncodingReport) -> bool:
-    """Return whether a row that is longer than --max_length is kept. If it is not kept, count it in `report`.
+    """Return whether a row that is longer than --max_length is kept. If the row is not kept, count it in `report`.
 
-    The row is kept only if --overlong is split and the row is plain text. The caller then splits the row.
+    With the flag `--overlong split`, a row of plain text is kept, and the caller splits the row. No other row is kept.
     """
     # With --overlong cut, the encoder has cut the row already.
     if encoder.overlong == 'split' and ids.is_text:
@@ -370,9 +370,9 @@ def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 
 
 
 def names_of_sets(plan: Plan) -> dict[int, str]:
-    """Return the names in metrics of the data sets of --val_dataset, for example {2: 'math', 3: 'code'}.
+    """Return the names that metrics use for the data sets of --val_dataset, for example {2: 'math', 3: 'code'}.
 
-    A key is the index of the data set in Plan.parts. Returns {} if --val_dataset names fewer than two data sets.
+    Each key is the index of a data set in `plan.parts`. Returns {} if --val_dataset names fewer than two data sets.
     """
     names = plan.val_sets()
     return names if len(names) > 1 else {}

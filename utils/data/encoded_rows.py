@@ -140,7 +140,10 @@ class EncodedRows:
         return self.arrays[kind][start : int(ends[stored])]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row as a dict: its token ids, its spans that carry loss, and more. Its index has the key `row`."""
+        """Return one row as a dict with the token ids, the spans of tokens that carry loss, and more.
+
+        The key 'row' has the value `index`.
+        """
         stored = self._stored_index(index)
         limits = self._slice('spans', stored).tolist()
         spans = list(zip(limits[::2], limits[1::2], strict=True))
@@ -272,9 +275,10 @@ class Filled(Sequence[dict[str, Any]]):
 def length_statistics(rows: EncodedRows) -> dict[str, float]:
     """Return statistics of the rows for run.json.
 
-    These are the number of rows, the tokens per row (min, median, mean, p95, max), the total number of tokens, and the
-    share of tokens that carry loss. A row that an epoch trains twice counts twice. If there are rows that are trained
-    several times, `distinct_rows` is the number of rows in which each row counts once.
+    The statistics are the number of rows, the tokens per row (min, median, mean, p95, max), the total number of tokens,
+    and the share of tokens that carry loss. A row that an epoch trains twice counts twice.
+
+    If an epoch trains some rows several times, the key `distinct_rows` is added: the number of different rows.
     """
     sizes = np.sort(rows.sizes())
     if not len(sizes):

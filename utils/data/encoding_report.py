@@ -1,4 +1,4 @@
-"""Counts the rows of a run that were skipped, and the notes on its other rows, for each reason."""
+"""Counts rows of a run: how many were skipped for each reason, and how many have each note."""
 
 from __future__ import annotations
 

@@ -41,13 +41,14 @@ def split_size(size: int, shares: Sequence[Fraction]) -> list[int]:
 def mix(ingredients: Sequence[Ingredient], *, limit: int, seed: int) -> str:
     """Choose the training rows of a mixture of data sets. Returns a log line with the number of rows of each set.
 
-    If all sets have a share, the mixture has `limit` rows. If `limit` is negative, it has as many rows as all sets
-    together.
+    If all sets have a share, the mixture has `limit` rows. With a negative `limit`, the mixture has as many rows as all
+    sets together.
 
-    If some sets have no share, they give all their rows, and the sets with a share are added. For example, one set has
-    700 rows and no share, and another set has the share 0.3. Then the mixture has 1000 rows, and 300 of them are from
-    the set with the share. If the mixture would have more than `limit` rows, it is made smaller: it gets `limit` rows,
-    and the sets without a share give only randomly drawn rows. If `limit` is negative, the mixture is not made smaller.
+    If some sets have no share, these sets give all their rows. For example, one set has 700 rows and no share, and
+    another set has the share 0.3. Then the 700 rows are 0.7 of the mixture, so the mixture has 1000 rows.
+
+    If this mixture is larger than `limit`, all sets are reduced in proportion. In the example, limit=100 gives 70
+    random rows of the first set and 30 rows of the second set. A negative `limit` reduces nothing.
 
     Raises ConfigError if a set with a share gives no row.
     """

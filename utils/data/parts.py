@@ -255,7 +255,7 @@ class Part:
     def times(self, position: int) -> int:
         """Return how many times one epoch trains a row.
 
-        `position` is the index of the row among the rows that can be trained on. The row must be a training row.
+        `position` is the index of the row in `self.uses`. The value at this index must be TRAIN.
         """
         return self.passes + (self.once_more[position] if self.once_more else 0)
 
@@ -293,24 +293,25 @@ class Part:
             )
 
 
-def draw_uses(parts: Sequence[Part], use: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
-    """Draw up to `count` rows at random, and set their use to `drawn`. A use is TRAIN, VAL or UNUSED.
+def draw_uses(parts: Sequence[Part], old: int, count: int, seed: int, *, drawn: int, rest: int) -> None:
+    """Draw up to `count` rows at random, and change their use. The use of a row is TRAIN, VAL or UNUSED.
 
-    The rows are drawn from all rows that have the use `use`. Those of them that are not drawn get the use `rest`. For
-    example, use=TRAIN, drawn=VAL, rest=TRAIN turns up to `count` training rows into validation rows.
+    Rows are drawn from all rows with the use `old`. A drawn row gets the use `drawn`. A row with the use `old` that is
+    not drawn gets the use `rest`. For example, old=TRAIN, drawn=VAL, rest=TRAIN turns up to `count` training rows into
+    validation rows.
     """
-    total = sum(part.uses.count(use) for part in parts)
+    total = sum(part.uses.count(old) for part in parts)
     chosen = bytearray(total)
     for index in random.Random(seed).sample(range(total), min(count, total)):
         chosen[index] = 1
 
     index = 0
     for part in parts:
-        position = part.uses.find(use)
+        position = part.uses.find(old)
         while position >= 0:
             part.uses[position] = drawn if chosen[index] else rest
             index += 1
-            position = part.uses.find(use, position + 1)
+            position = part.uses.find(old, position + 1)
 
 
 def open_parts(

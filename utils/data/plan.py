@@ -107,9 +107,9 @@ class Plan:
         }
 
     def val_sets(self) -> dict[int, str]:
-        """Return the names in metrics of the data sets of --val_dataset, for example {2: 'math', 3: 'code'}.
+        """Return the names that metrics use for the data sets of --val_dataset, for example {2: 'math', 3: 'code'}.
 
-        A key is the index of the data set in `parts`.
+        Each key is the index of a data set in `self.parts`.
         """
         return {number: part.val_set for number, part in enumerate(self.parts) if part.val_set}
 
@@ -161,7 +161,10 @@ def _not_used(sample: int, available: int, what: str, why: str) -> list[str]:
 
 
 def part_not_used(part: Part) -> str:
-    """Return the log line for the validation split of a data set of --dataset, which is not used with --val_dataset."""
+    """Return the log line which says that `part` is not used because --val_dataset is given.
+
+    `part` is the validation split of a data set of --dataset.
+    """
     return f'{part.name} is not used because --val_dataset names the validation rows'
 
 
@@ -287,15 +290,17 @@ def plan_rows(
 ) -> Plan:
     """Read all data sets once, and return the plan: which rows are for training, for validation, or not used.
 
-    `words` are the values of --dataset, and `val_words` are the values of --val_dataset. The rows are chosen in three
+    `words` are the values of --dataset, and `val_words` are the values of --val_dataset. The rows are chosen in four
     steps:
 
     1. If a value has a number of rows (name#500), this number of rows is drawn from the data set.
-    2. Rows are held out for validation. If a data set has a validation split, they are the rows of this split.
+    2. Rows are held out for validation. If a data set has a validation split, the rows of this split are held out.
     Otherwise, the share `test_ratio` of the rows is drawn. If there are `val_words`, no rows of --dataset are held out.
-    3. At most `train_sample` training rows are drawn from all data sets together, and at most max(1, train_sample *
-    test_ratio) of the rows held out in step 2. A negative `train_sample` is no limit. If a value has a share of the
-    training rows (name%0.3), the function `mix` chooses the training rows in this step.
+    3. Training rows are chosen. If a value has a share of the training rows (name%0.3), the function `mix` chooses the
+    training rows. Otherwise, at most `train_sample` training rows are drawn from all data sets together.
+    4. At most max(1, train_sample * test_ratio) rows are drawn from the rows held out in step 2.
+
+    A negative `train_sample` is no limit in steps 3 and 4.
 
     `bad` is called for each line that cannot be read. Raises ConfigError if data cannot be read, if no row has a column
     that --columns names, or if the training set or a validation set is left without rows.

@@ -212,11 +212,11 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return index
 
     def _encoded(self, rows: Sequence[tuple[Row, bool]]) -> Iterator[dict[str, Any]]:
-        """Encode rows, and yield each encoded row as a dict. Its index in the stream has the key `row`.
+        """Encode rows, and yield each encoded row as a dict. The key 'row' has the index of the row in the stream.
 
         An item of `rows` is (row, whether it is read for the first time). Skipped rows and notes are counted in the
-        report only when a row is read for the first time. The rows that were yielded last are kept in memory for `row`
-        and `origin`.
+        report only when a row is read for the first time. The rows that were yielded last are kept in memory, so that
+        the methods `self.row` and `self.origin` can find them.
         """
         again = EncodedAgain(self.encoder)
         found: dict[int, Encoded] = {}

@@ -442,10 +442,13 @@ class _PaddedBlocks:
         self.value = _by_head(value_GTE)
 
     def of_group(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the queries, keys and values of the blocks in `self.plan.groups[number]`.
+        """Return (queries, keys, values) of the blocks in `self.plan.groups[number]`.
 
-        The queries are [blocks * key heads, query heads per key head * queries, width]. The keys are
-        [blocks * key heads, keys, width], and the values [blocks * key heads, keys, value width].
+        The shapes of the three tensors are:
+
+        - queries: [blocks * key heads, (query heads per key head) * (queries per block), width]
+        - keys: [blocks * key heads, keys per block, width]
+        - values: [blocks * key heads, keys per block, value width]
         """
         group = self.plan.groups[number]
         indices = self.plan.keys(number)

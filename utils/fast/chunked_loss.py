@@ -252,9 +252,11 @@ class _Buffers:
         self._by_dtype: dict[torch.dtype, torch.Tensor] = {}
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return an uninitialised tensor. Its memory is used again by the next call with the same dtype.
+        """Return an uninitialised tensor. All calls with the same dtype return the same memory.
 
-        The first call for a dtype allocates the memory. So no later call may ask for a larger first dimension.
+        The first call with a dtype allocates a tensor. Each later call with this dtype returns the first `shape[0]`
+        rows of the allocated tensor. So `shape[0]` must not be larger than in the first call, and the other numbers in
+        `shape` must be the same.
         """
         if dtype not in self._by_dtype:
             self._by_dtype[dtype] = torch.empty(*shape, dtype=dtype, device=device)

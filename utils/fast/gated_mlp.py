@@ -86,9 +86,10 @@ def fuse_gates(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _is_gated(block: nn.Module) -> bool:
-    """Return whether the forward of `block` computes down(act(gate(x)) * up(x)).
+    """Return whether the forward of `block` computes the formula down(act(gate(x)) * up(x)).
 
-    On a copy of the block that has small linear layers, both results must be bitwise equal.
+    The test is made on a copy of the block with small linear layers. The output of the forward must be bitwise equal
+    to the result of the formula.
     """
     if len(inspect.signature(type(block).forward).parameters) != 2:
         return False

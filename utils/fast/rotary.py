@@ -17,9 +17,10 @@ def _parameters(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def depends_on_batch_from(config: Any) -> int | None:
-    """Return the largest row length at which the rotary frequencies do not change, or None if they never change.
+    """Return the row length up to which the rotary frequencies do not depend on the batch.
 
-    If a batch has a longer row, all rows of the batch get the frequencies for the longest row.
+    If a batch has a row above this length, all rows of the batch get the frequencies for the longest row. Returns None
+    if the frequencies never depend on the batch.
     """
     trained_length = getattr(config.get_text_config(), 'max_position_embeddings', None)
     limits = []

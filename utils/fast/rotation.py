@@ -50,10 +50,10 @@ def fuse_rotary(model: nn.Module) -> int:
 
 @lru_cache(maxsize=256)
 def _mixin_for(kind: type[nn.Module]) -> type[_FusedRotary] | None:
-    """Return a mixin for layers of the class `kind`, whose forward uses the kernel for rotary embedding.
+    """Return a mixin class that makes layers of the class `kind` use the kernel for rotary embedding.
 
-    The forward is a copy of the forward of `kind`, and calls another rotary function. Returns None if `kind` does not
-    use a rotary function that equals Llama's.
+    The forward of the mixin is a copy of `kind.forward`. The copy calls a different rotary function, which uses the
+    kernel. Returns None if `kind.forward` does not call a rotary function that equals Llama's.
     """
     forward = kind.forward
     if not isinstance(forward, types.FunctionType) or _NAME not in forward.__code__.co_names:

@@ -18,7 +18,7 @@ The letters at the end of a name are the dimensions of the tensor. For example, 
     H: query heads
     Q: queries of a block, with padding
     K: keys of a block, with padding
-    N: vectors of all padded blocks, one for each query and head
+    N: pairs of a query and a head in all blocks, with padding
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class BlockGroup(NamedTuple):
     After padding, each block has `queries` queries and `keys` keys. The first `earlier` keys are before the first query
     of the block. Padding is at the end, so that causal attention hides the padded keys.
 
-    `first` is the number of padded queries, of one head, in all groups before this one.
+    `first` is the number of queries that one head has in all groups before this group. Padding is included.
     """
 
     blocks: tuple[Block, ...]
@@ -66,10 +66,12 @@ class BlockGroup(NamedTuple):
     first: int
 
     def part(self, padded_ND: torch.Tensor, heads: int, repeats: int) -> torch.Tensor:
-        """Return the vectors of this group: a view [blocks * heads, repeats * queries, width] of a part of `padded_ND`.
+        """Return a view of `padded_ND` with only the vectors of the blocks in `self.blocks`.
 
-        `padded_ND` [vectors, width] has the padded queries of all groups, with one vector for each query and query
-        head. `heads` is the number of key heads. `repeats` is the number of query heads that share one key head.
+        The tensor `padded_ND` [vectors, width] has the vectors of all groups: one vector for each query in each query
+        head, padding included. The view has the shape [blocks * heads, repeats * queries, width].
+
+        `heads` is the number of key heads. `repeats` is the number of query heads that share one key head.
         """
         start = self.first * heads * repeats
         part_ND = padded_ND[start : start + len(self.blocks) * heads * repeats * self.queries]
@@ -111,7 +113,11 @@ class BlockPlan:
     few_keys: list[torch.Tensor | None]
 
     def keys(self, number: int) -> torch.Tensor:
-        """Return the indices of the keys of `groups[number]` in a tensor of keys [tokens * key heads, width]."""
+        """Return the indices that copy keys into the blocks of `self.groups[number]`.
+
+        For example, let x [tokens * key heads, width] be the keys of the batch. Then x[indices] are the keys of the
+        blocks.
+        """
         stored = self.few_keys[number]
         if stored is not None:
             return stored
@@ -125,7 +131,7 @@ class DeviceTensors:
     """
 
     def __init__(self, cu_seqlens: torch.Tensor | None = None) -> None:
-        """Set up the store. If `cu_seqlens` is given, RowMask.cu_seqlens returns it instead of a new tensor."""
+        """Store `cu_seqlens` if it is given. RowMask.cu_seqlens then returns this tensor instead of a new tensor."""
         self._made: dict[tuple[str, torch.device], Any] = {}
         if cu_seqlens is not None:
             self._made['cu_seqlens', cu_seqlens.device] = cu_seqlens

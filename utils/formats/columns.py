@@ -572,10 +572,10 @@ KNOWN_COLUMNS = tuple(dict.fromkeys([*_NEEDED, 'history', *_EVERYWHERE]))
 
 
 def find_converter(columns: Iterable[str]) -> Converter | None:
-    """Return the converter for rows with these columns, or None if no format or more than one format fits.
+    """Return the converter for rows with these columns, or None if there is no clear choice.
 
-    If several formats of SHAPES fit, the first one is used. If none of them fits, the formats of OTHER_SHAPES are
-    tried. If several of these fit, the result is None.
+    The first format of SHAPES that fits is used. If no format of SHAPES fits, a format of OTHER_SHAPES is used, but
+    only if exactly one format of OTHER_SHAPES fits.
     """
     given = frozenset(columns)
     first = next((converter for needed, converter in SHAPES if needed <= given), None)

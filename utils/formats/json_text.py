@@ -128,7 +128,11 @@ class Spelling:
         return number
 
     def show(self, printed: str) -> str:
-        """Return the printed JSON text with the original spelling of each number that `hide` replaced by a float."""
+        """Return the JSON text `printed` with all numbers as they are written in the source, for example 1.10.
+
+        `printed` has unique floats that `hide` has put in the place of numbers. Each unique float is replaced by the
+        number of the source.
+        """
         if not self._written:
             return printed
         return re.sub('|'.join(map(re.escape, self._written)), lambda match: self._written[match[0]], printed)

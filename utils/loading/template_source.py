@@ -80,8 +80,9 @@ def read_variables(source: str, where: str = 'the chat template') -> frozenset[s
 class _Reader:
     """Finds the variables that come from the caller, by following the statements of a template in their order.
 
-    In each method, `known` are the names that the template has set before a statement, whatever the values of its
-    conditions are. If the statement reads a name that is not in `known`, the name comes from the caller.
+    In each method, `known` are the names that the template has set before a statement. If only some branches of an
+    {% if %} have set a name, the name is not in `known`. If the statement reads a name that is not in `known`, the name
+    comes from the caller.
     """
 
     def __init__(self) -> None:

@@ -307,7 +307,7 @@ def _use_steps(t: Translation, flag: str, default: Any) -> None:
 def run_share(times: float) -> float:
     """Return the value of --eval_steps or --save_steps for `times` evaluations or checkpoints in the whole run.
 
-    For example, 4 times gives 0.25, a quarter of the run. The value 1 would mean every step. So once gives a value
-    slightly below 1.
+    For example, times=4 gives 0.25, a quarter of the run. times=1 gives a value slightly below 1, because the value 1
+    would mean every step.
     """
     return _WHOLE_RUN if times <= 1 else round(1 / times, 6)

@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return a dict from what training did to a row to the rows, for example {'learnt': [...], 'got worse': [...]}.
+    """Group rows by the effect of training, for example {'learnt': [row, row], 'got worse': [row]}.
 
     `rows` is the content of rows.jsonl. A row is left out if its loss before or after training is missing.
     """

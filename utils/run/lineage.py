@@ -49,8 +49,8 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
     `parsed.problems`. If the base model or the template is not that of the adapter, or cannot be checked, adds a line
     to `warnings`.
 
-    A command without --adapter may resume a run that began with --adapter. Its flags are set from the resumed
-    checkpoint. Any other command without --adapter is returned unchanged.
+    A command without --adapter may resume a run that began with --adapter. In this case, the flags of the command are
+    set from the resumed checkpoint. Any other command without --adapter is returned unchanged.
     """
     args = parsed.args
     if args.adapter is None:

@@ -184,10 +184,10 @@ def _check_verification(parsed: Parsed[SftArguments], problems: Problems) -> Non
 
 
 def steps_to_verify(parsed: Parsed[SftArguments]) -> int:
-    """Return how many steps of the earlier run --verify true trains again.
+    """Return the number of steps that a command with --verify true repeats from an earlier run.
 
-    If --max_steps is typed, its value is returned, otherwise a default. `parsed` is the typed command line, without the
-    flags of the earlier run.
+    If --max_steps is typed, the value of --max_steps is returned. Otherwise, a default is returned. `parsed` is the
+    typed command line, without the flags of the earlier run.
     """
     return parsed.args.max_steps if 'max_steps' in parsed.typed else _VERIFIED_STEPS
 
@@ -288,10 +288,12 @@ def changes_since(earlier: dict[str, Any], lock: dict[str, Any]) -> list[str]:
 def check_same_data(
     checkpoint: Path, now: dict[str, Any], problems: Problems, *, remedy: str, only: Collection[str] | None = None
 ) -> list[str]:
-    """Add a problem for each data set whose rows differ from the rows of the run that wrote the checkpoint.
+    """Add a problem for each data set whose rows have changed since the checkpoint was trained.
 
-    `now` is the entry `data` of lock.json for this command. If `only` is given, only the data sets in `only` are
-    compared. `remedy` is the end of the message, for example 'type --dataset to answer all rows'.
+    The run folder is the parent folder of `checkpoint`. The file lock.json in the run folder records the rows of the
+    run. `now` is the record of the present rows, for example {'a.jsonl': {'rows': 100, 'sha256': 'e3b0...'}}. If `only`
+    is given, only the data sets in `only` are compared. `remedy` is the end of the message, for example 'type --dataset
+    to answer all rows'.
 
     If the run folder has no lock.json, nothing can be compared, and [warning] is returned. Otherwise, [] is returned.
     """

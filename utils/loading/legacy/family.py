@@ -1,7 +1,7 @@
-"""Family: the functions that convert one original layout of 2023 to a native class.
+"""Family: the functions that convert the checkpoints of one model family of 2023 to a native class.
 
-An original layout is the layout of the checkpoints that a model's own code reads. A native class is a class of
-transformers or of this project.
+A model of 2023 came with its own Python code. The original checkpoints are the checkpoints for this code. A native
+class is a class of transformers or of this project.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ _COMPUTED = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """The functions that convert one original layout of 2023, and the names of the native classes.
+    """The functions that convert the checkpoints of one model family of 2023, and the names of the native classes.
 
-    An original layout is the layout of the checkpoints that a model's own code reads. A native class is a class of
-    transformers or of this project.
+    A model of 2023 came with its own Python code. The original checkpoints are the checkpoints for this code. A native
+    class is a class of transformers or of this project.
 
     `config` returns the arguments of the native configuration. It raises ConfigError if the native class does not
     support a value in the original config.json. `tensors` returns all tensors under the names in the native class. It
-    raises ConfigError if the name of an original tensor is unknown. `config_class` and `model_class` name classes of
-    transformers. Names in the form 'module:class' are classes in utils/loading/legacy/classes/.
+    raises ConfigError if the name of an original tensor is unknown.
+
+    `config_class` and `model_class` are the names of the native classes. A name without a colon is a class of
+    transformers. A name in the form 'module:class' is a class in utils/loading/legacy/classes/.
     """
 
     name: str

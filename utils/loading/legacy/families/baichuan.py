@@ -133,9 +133,9 @@ class NormalisedRows(LazyMatrix):
 
 
 def with_normalised_head(native: State) -> State:
-    """Return the tensors with each row of the output head divided by its Euclidean norm.
+    """Return the tensors of `native`, but with an output head whose rows have the Euclidean norm 1.
 
-    The division is done only when the rows are loaded.
+    The division by the norm is lazy: a row is divided when the row is loaded.
     """
     head = native.get('lm_head.weight')
     if head is None or head.dim() != 2:  # The loader reports such a head as missing or mismatched.

@@ -186,8 +186,8 @@ def gptq_tensors(state: State, original: Config) -> State:
 def _rename_gptq(key: str, tensor: Any) -> dict[str, Any]:
     """Return a dict with the tensors of Qwen2 that replace one GPTQ tensor of the checkpoint.
 
-    The keys are the names in Qwen2. AutoGPTQ adds a bias of zeros to layers without a bias. For this bias, the dict is
-    empty. Raises ConfigError if one of its values is not zero.
+    The keys are the names in Qwen2. AutoGPTQ adds a bias of zeros to layers that have no bias in Qwen2. If `tensor` is
+    an added bias, the dict is empty. Raises ConfigError if an added bias has a value other than zero.
     """
     layer = _LAYER.fullmatch(key.removesuffix('.bias'))
 
