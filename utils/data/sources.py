@@ -340,7 +340,7 @@ def check_sources(words: Sequence[str], started_in: str | None = None, *, val_wo
 
 
 def val_set_names(words: Sequence[str]) -> list[str]:
-    """Return the names in metrics of the data sets of --val_dataset, e.g. ['math'] for the file val/math.jsonl.
+    """Return the names that metrics use for the data sets of --val_dataset, e.g. ['math'] for val/math.jsonl.
 
     `words` are the values of --val_dataset. Only letters, digits, '.', '_' and '-' are kept. A name that is taken gets
     a number: math_2.

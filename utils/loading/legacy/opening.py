@@ -1,7 +1,7 @@
 """Opens a model folder with an original layout of 2023 in a native class.
 
-An original layout is the layout that a model's own code reads. A native class is a class of transformers or of this
-project.
+In 2023 these models came with code of their own, which reads the original layout. A native class is a class of
+transformers or of this project.
 """
 
 from __future__ import annotations
