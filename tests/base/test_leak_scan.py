@@ -74,6 +74,7 @@ PLANTED = {
     'o.txt': (b'hf_' + b'a1B2' * 9, 'o.txt: a Hugging Face token'),
     'p.txt': (b'ms-01234567-89ab-cdef-0123-456789abcdef', 'p.txt: a ModelScope token'),
     'q.txt': (b'ghp_' + b'0aZ9' * 9, 'q.txt: a GitHub token'),
+    'overlapping.txt': (b'9gho_x_ghp_' + b'0aZ9' * 9, 'overlapping.txt: a GitHub token'),
     'r.txt': (b'AKIA' + b'ABCD2345' * 2, 'r.txt: an AWS key'),
     's.gz': (gzip.compress(b'b')[:10] + b'\xff' * 50, 's.gz: an archive that cannot be read'),
     's.zip': (zipped('a', b'b')[:-12], 's.zip: an archive that cannot be read'),

@@ -103,8 +103,11 @@ class _Scan:
             for name, secret in secrets.items()
             for encoded in _encodings(secret)
         ]
+        # The rest is a lookahead, so that a beginning inside the rest of another match is found too.
         self.patterns = [
-            (kind, re.compile(re.escape(start) + rest)) for kind, pairs in _PATTERNS.items() for start, rest in pairs
+            (kind, re.compile(re.escape(start) + b'(?=' + rest + b')'))
+            for kind, pairs in _PATTERNS.items()
+            for start, rest in pairs
         ]
 
     def add(self, location: str, kind: str) -> None:
