@@ -135,11 +135,39 @@ PATHS = [
     (b'/home/ann/models/tiny/config.json', False),
     (b'/home/ann/models/tiny, /home/ann/other', True),
     (b'/home/anna/data.json and /home/ann', False),
+    (b'file:///home/ann/data.json', True),
+    (b'https://host//home/ann/data.json', False),
+    (b'a/b//home/ann/data.json', False),
+    (b'{"text": "in\\n/home/ann/data.json"}', True),
+    (b'/home/ann/models/tiny-private/secret', True),
+    (b'/home/ann/models/tiny.old/config.json', True),
+    (b'read /home/ann/models/tiny: fine. And /home/ann/models/tiny.', False),
+    (b'/home/ann/rows/a.jsonl /home/ann/rows/b.jsonl', False),
+    (b'/home/ann/rows/of_b/b.jsonl', True),
+    (b'/home/ann/rows/b.json', True),
+    (b'/home/ann/rows-of-b/b.jsonl', True),
+    (b'/home/ann/quoted/c.jsonl', False),
 ]
 
 
 @pytest.mark.parametrize(('content', 'is_found'), PATHS)
-def test_a_path_of_the_home_folder_is_found_where_it_begins(content: bytes, is_found: bool, tmp_path: Path) -> None:
+def test_a_path_of_the_home_folder_is_found_where_it_begins(
+    content: bytes, is_found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / 'log').write_bytes(content)
-    found = list(home_paths(tmp_path, Path('/home/ann'), ['/home/ann/models/tiny']))
+    typed = ['/home/ann/models/tiny/', '/home/ann/rows/*.jsonl', '~/quoted', 'relative']
+    monkeypatch.setenv('HOME', '/home/ann')
+    found = list(home_paths(tmp_path, Path('/home/ann'), typed))
     assert found == (['log: a path of your home folder'] if is_found else [])
+
+
+def test_the_folder_to_which_a_linked_home_leads_is_found(tmp_path: Path) -> None:
+    real = tmp_path / 'disk' / 'ann'
+    real.mkdir(parents=True)
+    linked = tmp_path / 'ann'
+    linked.symlink_to(real)
+    run = tmp_path / 'run'
+    run.mkdir()
+    for name, home in (('real', real), ('linked', linked)):
+        (run / name).write_text(f'{home}/data.json')
+    assert list(home_paths(run, linked, [])) == [f'{name}: a path of your home folder' for name in ('linked', 'real')]

@@ -5,6 +5,7 @@ Paths that were typed on the command line are allowed.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import re
@@ -20,35 +21,49 @@ from utils.run.record import record_proof
 
 # Files that DeepSpeed writes. What is found in them is only listed in proofs.json and does not fail the check.
 _DEEPSPEED = re.compile(r'checkpoint-\d+/global_step\d+/')
-# A path that follows one of these bytes begins earlier.
-_IN_PATH = re.compile(rb'[\w/]')
+# The path of the home folder is only the end of a longer path if these bytes stand before it, as in /mnt/home/ann. The
+# n of an escaped line end (\\n) is no part of a path.
+_IN_PATH = re.compile(rb'(?<!\\)[\w~]/*$')
+_BYTES_BEFORE = 16
+# What may not follow an allowed path, because it would be part of the name of another file.
+_NAME_GOES_ON = rb'(?![\w-]|\.\w)'
 
 
 def home_paths(folder: Path, home: Path, typed: Iterable[str]) -> Iterator[str]:
     """Yield a message for each file in the folder whose content has a path inside `home`.
 
-    A path is allowed if it begins with one of the paths in `typed`.
+    If `home` is a link, the folder to which it leads counts too. The paths in `typed`, and files in these folders, are
+    allowed. A typed path can have wildcards (rows/*.jsonl).
     """
-    if home == home.parent:
-        return
-
+    homes = {os.fsencode(path) for path in (home, home.resolve()) if path != path.parent}
     # A pattern that begins with fixed text is searched several times as fast as one with a lookbehind.
-    inside = re.compile(re.escape(os.fsencode(home)) + rb'/')
+    inside = [re.compile(re.escape(path) + b'/') for path in sorted(homes)]
     rest = re.compile(rb'[^\s"\'<>\\,;)\]]*')
-    known = tuple(os.fsencode(word) for word in typed)
+    allowed = _allowed_paths(typed)
 
     def paths(data: mmap.mmap) -> Iterator[bytes]:
-        for match in inside.finditer(data):
-            before = data[max(match.start() - 1, 0) : match.start()]
-            if not _IN_PATH.match(before):
+        for match in itertools.chain.from_iterable(pattern.finditer(data) for pattern in inside):
+            before = data[max(match.start() - _BYTES_BEFORE, 0) : match.start()]
+            if not _IN_PATH.search(before):
                 end = rest.match(data, match.end())
                 assert end is not None, 'it also matches nothing'
                 yield match[0] + end[0]
 
     for file in sorted(p for p in folder.rglob('*') if p.is_file() and p.stat().st_size):
         with file.open('rb') as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if any(not path.startswith(known) for path in paths(data)):
+            if any(not allowed.match(path) for path in paths(data)):
                 yield f'{file.relative_to(folder)}: a path of your home folder'
+
+
+def _allowed_paths(typed: Iterable[str]) -> re.Pattern[bytes]:
+    """Return a pattern that matches the beginning of each path that was typed. ~ stands for the home folder."""
+    patterns = [b'(?!)']  # without typed paths, nothing matches
+    for word in typed:
+        path = re.escape(os.fsencode(Path(word).expanduser()))
+        for wildcard, meaning in ((rb'\*\*', b'.*'), (rb'\*', b'[^/]*'), (rb'\?', b'[^/]')):
+            path = path.replace(wildcard, meaning)
+        patterns.append(path + _NAME_GOES_ON)
+    return re.compile(b'|'.join(patterns))
 
 
 def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
