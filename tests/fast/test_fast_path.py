@@ -94,6 +94,25 @@ def test_attention_by_rows_is_attention(
             assert (ours - theirs).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize('most_keys', [0, 512])
+@pytest.mark.parametrize('mean', [-4.0, 0.0])
+def test_the_gradient_of_a_weak_sink_is_exact_in_bf16(
+    mean: float, most_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, 'KEPT_KEYS', most_keys)  # 0: the weights are computed again in the backward pass
+    torch.manual_seed(0)
+    shapes = [(4, 25, 16), (2, 25, 16), (2, 25, 16), (4,)]
+    given = [torch.randn(shape).bfloat16() for shape in shapes]
+    given[3] += mean
+    direction = torch.randn(25, 4, 16).bfloat16()
+    exact = [x.double().requires_grad_() for x in given]
+    expected = torch.autograd.grad(by_definition(*exact[:3], None, None, exact[3]), exact[3], direction.double())[0]
+    inputs = [x.requires_grad_() for x in given]
+    found = RowAttention.apply(*inputs, RowMask(LENGTHS, None), 0.3, None)
+    gradient = torch.autograd.grad(found, inputs[3], direction)[0].double()
+    assert (gradient - expected).norm() < 0.02 * expected.norm()
+
+
 def test_blocks_of_equal_padded_shape_are_computed_together() -> None:
     rows = RowMask((150, 20, 140, 30, 300), None)
     starts = [0, 150, 170, 310, 340]

@@ -365,10 +365,10 @@ class RowAttention(torch.autograd.Function):
         kept = []
         for number, group in enumerate(padded.plan.groups):
             query, key, value = padded.of_group(number)
-            weights, _ = _weights(query, key, sinks_H, group, *ctx.settings)
+            found = _weights(query, key, sinks_H, group, *ctx.settings)
             if _keeps_weights(group.keys, softcap):
-                kept.append(weights)
-            torch.bmm(weights, value, out=padded.part(out_NE, group))
+                kept += [found.keys, found.sink]
+            torch.bmm(found.keys, value, out=padded.part(out_NE, group))
 
         ctx.save_for_backward(query_HTD, key_GTD, value_GTE, sinks_H, *kept)
         return _placed(out_NE, padded.plan.queries.place, tokens, heads)
@@ -395,11 +395,10 @@ class RowAttention(torch.autograd.Function):
         value_grad = _KeyGradient(value_GTE, padded)
         for number, group in enumerate(padded.plan.groups):
             query, key, value = padded.of_group(number)
-            slope = None
             if _keeps_weights(group.keys, softcap):
-                weights = next(kept_weights)
+                weights, sink_weight, slope = next(kept_weights), next(kept_weights), None
             else:
-                weights, slope = _weights(query, key, sinks_H, group, *ctx.settings)
+                weights, sink_weight, slope = _weights(query, key, sinks_H, group, *ctx.settings)
 
             out_grad = padded.part(out_grad_NE, group)
             value_grad.add(group, weights.mT, out_grad)
@@ -408,8 +407,7 @@ class RowAttention(torch.autograd.Function):
             if sinks_grad_GR is not None:
                 shape_BGRQ = (len(group.blocks), groups, heads // groups, group.queries)
                 mean_BGRQ = torch.linalg.vecdot(weights_grad.to(exact), weights.to(exact)).view(shape_BGRQ)
-                sink_weight_BGRQ = 1 - weights.sum(-1, dtype=exact).view(shape_BGRQ)
-                sinks_grad_GR -= (sink_weight_BGRQ * mean_BGRQ).sum((0, 3))
+                sinks_grad_GR -= (sink_weight.view(shape_BGRQ) * mean_BGRQ).sum((0, 3))
 
             # With this function of torch, the gradient is exactly 0 if one key has the whole weight.
             scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
@@ -526,6 +524,22 @@ def _keeps_weights(keys: int, softcap: float | None) -> bool:
     return keys <= KEPT_KEYS and softcap is None
 
 
+class _Weights(NamedTuple):
+    """The attention weights of a group of blocks, and what their backward pass needs.
+
+    The number of rows of each tensor is that of `keys`: [blocks * key heads, query heads per key head * queries].
+
+    keys: the weights of the keys. The shape ends with the number of keys.
+    sink: the weights of the attention sinks in fp32, or None without sinks. If a weight is small, 1 minus the rounded
+    weights of the keys would not give it.
+    slope: the derivative of the cap function at each score, in the shape of `keys`, or None if scores are not capped.
+    """
+
+    keys: torch.Tensor
+    sink: torch.Tensor | None
+    slope: torch.Tensor | None
+
+
 def _weights(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -534,13 +548,11 @@ def _weights(
     rows: RowMask,
     scaling: float,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the attention weights of the blocks in `group`, and the slope of the cap function at each score.
+) -> _Weights:
+    """Return the attention weights of the blocks in `group`.
 
-    Both tensors are [blocks * key heads, query heads per key head * queries, keys].
-
-    Scores are multiplied by `scaling`, and then capped to softcap * tanh(scores / softcap). The slope is the derivative
-    of this function. If `softcap` is None, scores are not capped, and None is returned instead of the slope.
+    Scores are multiplied by `scaling`, and then capped to softcap * tanh(scores / softcap). If `softcap` is None,
+    scores are not capped.
     """
     queries, earlier, keys = group.queries, group.earlier, group.keys
     repeats = query.shape[1] // queries
@@ -571,10 +583,10 @@ def _weights(
         scores[..., :queries].add_(window_bias)
 
     if sinks_H is None:
-        return scores.softmax(-1), slope
+        return _Weights(scores.softmax(-1), None, slope)
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = scores.to(exact)
     sink_GRQ = sinks_H.to(exact).view(-1, repeats, 1).expand(-1, -1, queries)
     sink = sink_GRQ.flatten(1).repeat(len(group.blocks), 1)[..., None]
     total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sink)
-    return scores.sub_(total).exp_().to(query.dtype), slope
+    return _Weights(scores.sub_(total).exp_().to(query.dtype), (sink - total).exp_().squeeze(-1), slope)
