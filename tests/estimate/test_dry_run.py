@@ -86,7 +86,7 @@ def test_a_model_that_is_not_here_is_planned_without_network(
     assert said['model'][:2] == ['qwen-7b-chat: not on this machine', 'Qwen2ForCausalLM, 7,721,324,544 parameters']
     assert said['data'] == [
         '39 training rows, 1 validation; tokens are not counted: the tokenizer is not here',
-        '3 optimizer steps of 16 rows (batch 1 x accumulation 16 x processes 1); at most 39,936 tokens',
+        'at most 3 optimizer steps of 16 rows (batch 1 x accumulation 16 x processes 1); at most 39,936 tokens',
         '1 of 3 steps are warm-up, evaluations every 50 steps and at the end, '
         'checkpoints every 50 steps and at the end',
         'memory is counted for rows of 1024 tokens, each token trained',
@@ -117,7 +117,23 @@ def test_what_would_be_downloaded_is_named_and_not_fetched(
     )
     assert not (tmp_path / 'output').exists()
     assert said['data'][0] == 'at most 20000 training rows: data that is not here cannot be counted'
-    assert said['data'][1].startswith('1250 optimizer steps of 16 rows')
+    assert said['data'][1].startswith('at most 1250 optimizer steps of 16 rows')
+
+
+def test_what_is_planned_without_a_tokenizer_has_the_evaluations_and_the_most_tokens_of_the_run(
+    data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [*QLORA, '--dataset', str(data_file), '--dataset_test_ratio', '0', '--max_length', '1024']
+    said = dry(capsys, *flags, '--num_train_epochs', '1.5')
+    # 3 steps for the 40 rows of the first epoch, and 2 whole steps in the second one.
+    assert said['data'][1].startswith('at most 5 optimizer steps of 16 rows')
+    assert said['data'][1].endswith(f'; at most {80 * 1024:,} tokens')
+    assert 'evaluations' not in said['data'][2]
+    rows: list[Any] = [{'query': 'a', 'response': 'b'}]
+    said = dry(capsys, *flags, '--val_dataset', str(write_jsonl(tmp_path / 'val.jsonl', rows)))
+    assert said['data'][0].startswith('40 training rows, 1 validation; ')
+    assert 'evaluations every 50 steps and at the end' in said['data'][2]
 
 
 def test_a_model_of_unknown_size_is_called_so(

@@ -17,12 +17,12 @@ from tests.support.waits import Device
 from utils.cli.arguments import SftArguments
 from utils.data.collator import Collator, on_device
 from utils.estimate.memory import Batch, Mode, _head
-from utils.fast import attention, chunked_loss, layout
+from utils.fast import attention, chunked_loss, layout, scoring
 from utils.fast.attention import attend_in_groups
 from utils.fast.chunked_loss import Head, head_input, head_logits, scored, summed_loss
 from utils.fast.layout import use_padding_free
 from utils.fast.rows import RowMask
-from utils.fast.scoring import Scorer
+from utils.fast.scoring import Scorer, _log_probabilities
 from utils.train.trainer import SftTrainer
 
 FIRST = torch.device('cuda:0')
@@ -74,6 +74,11 @@ def test_the_trainer_gets_its_numbers_on_its_own_device() -> None:
     on_cpu = [name for name, x in sent.items() if x.device.type == 'cpu']
     assert on_cpu == ['row_lengths', 'prompt_lengths', 'rows', 'labels']
     assert sent['cu_seqlens'].dtype == torch.int32 and sent['input_ids'].shape == batch['input_ids'].shape
+
+
+def test_a_device_without_float64_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, 'sum_dtype', lambda device: torch.float32)  # MPS
+    assert _log_probabilities(torch.zeros(1, 4), None).dtype == torch.float32
 
 
 def test_the_columns_of_logits_are_selected_on_the_cpu() -> None:

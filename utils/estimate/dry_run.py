@@ -44,8 +44,11 @@ class Found:
 def dry_run(done: Ready[SftArguments]) -> int:
     """Print what the run would do, and return the exit code 0.
 
-    Writes only to the cache, and downloads only file lists and data set cards. If no hub can be reached, the output
-    does not name the files to download, and states an upper bound instead of the number of tokens.
+    Writes only to the cache, and downloads only file lists and data set cards. If files of the model or of a data set
+    are not on this machine, the output states at most an upper bound of the number of tokens. If no hub can be reached
+    either, the output does not name these files.
+
+    Raises ConfigError if the data, the DeepSpeed config or a word of --lora_target_modules cannot be used.
     """
     args = done.args
     info = done.info
@@ -148,7 +151,10 @@ def _shape(done: Ready[SftArguments], found: Found) -> Shape | None:
 
 
 def _find_data(args: SftArguments, found: Found) -> bool:
-    """Return whether all data is on this machine. A line about missing files is added to `found.downloads`."""
+    """Return whether all data from hubs is on this machine.
+
+    If a data set is not complete here, or no hub can list its files, a line about it is added to `found.downloads`.
+    """
     before = len(found.downloads)
     for word in itertools.chain(*args.datasets_read()):
         entry = parse_source(word).entry

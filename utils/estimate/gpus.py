@@ -45,7 +45,10 @@ class Machine:
 
 
 def mode_of(args: SftArguments, info: ModelInfo, shape: Shape, machine: Machine) -> Mode:
-    """Return the settings of a run that determine how much memory it needs."""
+    """Return the settings of a run that determine how much memory it needs. If --dtype is not set, bf16 is assumed.
+
+    Raises ConfigError if the DeepSpeed config cannot be read, or if a word of --lora_target_modules matches nothing.
+    """
     packed = _packing(args, info)
     zero = read_zero(args.deepspeed_config_path) if args.deepspeed_config_path else ZeroConfig(content={})
     sharding = f'zero{zero.stage}' if zero.stage in (2, 3) else ''
@@ -89,7 +92,7 @@ def _saved(args: SftArguments, shape: Shape) -> dict[str, Any]:
     """Return {field of Mode: value} for the weights that are trained directly, besides the adapter.
 
     These are the layers of --lora_modules_to_save, and the rows of new tokens in embedding and head (--new_tokens).
-    Norms are left out, because they need little memory.
+    Norms are left out, because they need little memory. For full fine-tuning, the dict is empty.
     """
     if args.sft_type == 'full':
         return {}
@@ -123,7 +126,7 @@ def _packing(args: SftArguments, info: ModelInfo) -> str:
 
 
 def targets_of(args: SftArguments, info: ModelInfo, shape: Shape) -> list[str]:
-    """Return the layers that LoRA adapts, by name or path. For full fine-tuning the list is empty.
+    """Return the layers and stacked experts that LoRA adapts, by name or path. For full fine-tuning the list is empty.
 
     Raises ConfigError if a word of --lora_target_modules names neither a layer nor an expert. Layers of a vision tower
     are not known here, so nothing is raised for a model with a vision tower.
@@ -174,7 +177,7 @@ def flops(shape: Shape, mode: Mode, tokens: int) -> float:
 
     A parameter that is used for a token costs 2 operations in the forward pass, 2 for the gradient of activations, 2
     for its own gradient (only in full fine-tuning), and 2 if gradient checkpointing repeats the forward pass. Attention
-    scores are not counted.
+    scores, adapters and vision towers are not counted.
     """
     return (4 + 2 * mode.full + 2 * mode.checkpointing) * float(shape.active) * tokens
 

@@ -1,9 +1,10 @@
 """The memory of a training step on one device, in bytes, computed from the sizes of the model.
 
 benchmarks/estimate.py compares the results with measurements. In the formulas, `c` is the number of bytes of a value in
-the compute dtype. Full fine-tuning has fp32 weights by default, and computes under autocast, which copies the weights
-and the inputs of linear layers to the compute dtype. With --full_weights bf16, full fine-tuning has bf16 weights and
-needs no autocast. LoRA computes in the dtype of the base model's weights.
+the compute dtype. Full fine-tuning has fp32 weights by default. If --dtype is bf16 or fp16, it computes under autocast,
+which copies the weights and the inputs of linear layers to the compute dtype. With --full_weights bf16, full
+fine-tuning has bf16 weights and needs no autocast. With DeepSpeed, the weights have the compute dtype. LoRA computes in
+the dtype of the base model's weights.
 """
 
 from __future__ import annotations
@@ -123,10 +124,10 @@ class Mode:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The batch that needs the most memory.
+    """The sizes of a batch that determine its memory.
 
-    `tokens` is its number of tokens with padding, `longest` the length of its longest row, and `trained` its number of
-    trained tokens.
+    `tokens` is the number of its tokens. If rows are padded, the padding is included. `longest` is the length of its
+    longest row, and `trained` the number of its trained tokens.
     """
 
     tokens: int
@@ -151,7 +152,10 @@ class Footprint:
 
 
 def trained_parameters(shape: Shape, mode: Mode) -> int:
-    """Return the number of parameters that a run trains."""
+    """Return the number of parameters that a run trains.
+
+    The parameters of vision towers, and those of norms in --lora_modules_to_save, are not counted.
+    """
     if mode.full:
         return shape.parameters - shape.tower
     adapter = lora_parameters(shape, mode.targets, mode.rank, dora=mode.dora)
@@ -246,7 +250,8 @@ def _weights(shape: Shape, mode: Mode) -> int:
 def _saved(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
     """Return two sizes of the activations that are saved for the backward pass, in bytes.
 
-    The first size is that of all layers on one device. The second size is that of one layer.
+    The first size is that of all layers on one device. With gradient checkpointing, these are only the inputs of the
+    layers. The second size is that of one layer without gradient checkpointing.
     """
     c = mode.compute
     heads = shape.heads * shape.head_dim
@@ -315,7 +320,9 @@ def _inputs(shape: Shape, mode: Mode) -> int:
 
 
 def _head(shape: Shape, mode: Mode, batch: Batch) -> tuple[int, int]:
-    """Return the most memory that is in use while the loss is computed, and the size of the head's gradient, in bytes.
+    """Return the memory that the computation of the loss adds, and the size of the head's gradient, in bytes.
+
+    Weights, optimizer and the saved activations of the layers are not included. The first number includes the second.
 
     The gradient is in fp32 and remains in memory after the loss. Its size is 0 if the head is not trained, or if the
     loss is not computed in chunks.

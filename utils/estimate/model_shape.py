@@ -49,7 +49,7 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    # Sum of the widths of the norms of all layers.
+    # Number of values that all norms normalise for one token.
     normed: int
     # Sum over all layers of the width inside the MLP: the input width of its last linear layer.
     inner: int
@@ -212,9 +212,10 @@ def measure(model: PreTrainedModel) -> Shape:
 
 
 def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int) -> tuple[Sizes, int]:
-    """Return {path: {(in, out): layer indices}} of the linear layers, and the sum of the widths of all norms.
+    """Return {path: {(in, out): layer indices}} of the linear layers, and the number of values that norms normalise.
 
-    A path has # in place of the layer index, e.g. 'layers.#.q_proj'. The head and the vision tower are not included.
+    A path has # in place of the layer index, e.g. 'layers.#.q_proj'. The values are those of all norms for one token.
+    The head and the vision tower are not included.
     """
     import torch
     from transformers.pytorch_utils import Conv1D

@@ -1,6 +1,6 @@
 """The work of a run: the numbers of rows, tokens and steps, and the batch that needs the most memory.
 
-Tokens are counted only if the data and the tokenizer are on this machine. Otherwise an upper bound is computed.
+`plan_work` says when the tokens are counted. In all other cases, an upper bound is computed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ from utils.run.rows import plan_of
 class Work:
     """The work of a run. `lines` describe it for the user.
 
-    `tokens` is the number of tokens in all steps. It is exact if `counted` is True. Otherwise it is an upper bound, or
-    None if no bound is known. `batch` is the batch that needs the most memory.
+    `tokens` is the number of tokens in all steps. If `counted` is False, it is an upper bound, or None if no bound is
+    known. If `counted` is True, it is exact for whole epochs. With --max_steps or a fraction of an epoch, it is then
+    estimated from the mean length of the rows.
+
+    `batch` has the sizes of the batch that needs the most memory. If two batches may be this one, it has the larger of
+    both sizes. If `counted` is False and --max_length is -1, the sizes are assumed.
     """
 
     lines: list[str]
@@ -46,17 +50,20 @@ class Work:
 def plan_work(
     done: Ready[SftArguments], model_dir: Path | None, mode: Mode | None, *, data_is_here: bool, has_vision: bool
 ) -> Work:
-    """Return the work of a run. Decisions and warnings about the data are added to `done`.
+    """Return the work of a run. Decisions and warnings about the data and the steps are added to `done`.
 
     The result is an upper bound if the data or the tokenizer is not on this machine, if the data is streamed, or if the
-    model has a vision tower. In all other cases, the rows are encoded and their tokens are counted.
+    model has a vision tower. In all other cases, the rows are encoded and their tokens are counted. Raises ConfigError
+    if the data cannot be used.
     """
     args = done.args
     if not data_is_here or args.streaming:
         why = 'a stream is not counted in advance' if args.streaming else 'data that is not here cannot be counted'
+        evaluates = bool(args.val_dataset) or (args.stream_val_rows if args.streaming else args.dataset_test_ratio) > 0
         if args.streaming or args.train_dataset_sample < 0:
-            return _bounded(done, None, f'training rows: not known: {why}')
-        return _bounded(done, args.train_dataset_sample, f'at most {args.train_dataset_sample} training rows: {why}')
+            return _bounded(done, None, f'training rows: not known: {why}', evaluates=evaluates)
+        count = args.train_dataset_sample
+        return _bounded(done, count, f'at most {count} training rows: {why}', evaluates=evaluates)
 
     plan = plan_of(args, args.train_dataset_sample)
     done.decisions += plan.decisions(args.loss_scope)
@@ -67,7 +74,8 @@ def plan_work(
     train = sum(part.trained_rows() for part in plan.parts)
     val = sum(part.uses.count(VAL) for part in plan.parts)
     why = 'only the model counts the tokens of images' if has_vision else 'the tokenizer is not here'
-    work = _bounded(done, train, f'{train} training rows, {val} validation; tokens are not counted: {why}')
+    line = f'{train} training rows, {val} validation; tokens are not counted: {why}'
+    work = _bounded(done, train, line, evaluates=val > 0)
     work.lines.extend(_sets(plan))
     return work
 
@@ -81,10 +89,11 @@ def _sets(plan: Plan) -> list[str]:
     return [f'validation sets: {", ".join(sets)}'] if sets else []
 
 
-def _bounded(done: Ready[SftArguments], rows: int | None, line: str) -> Work:
+def _bounded(done: Ready[SftArguments], rows: int | None, line: str, *, evaluates: bool) -> Work:
     """Return an upper bound of the work: every row has --max_length tokens, and all tokens are trained.
 
-    `rows` is the number of training rows, or None if it is not known. `line` describes the rows for the user.
+    `rows` is the largest possible number of training rows, or None if it is not known. `line` describes the rows for
+    the user. `evaluates` says whether the run has validation rows.
     """
     args = done.args
     batch = longest_batch(args)
@@ -95,10 +104,10 @@ def _bounded(done: Ready[SftArguments], rows: int | None, line: str) -> Work:
         per_step = args.batch_size * args.gradient_accumulation_steps * dist.world_size()
         trained_rows = steps * per_step
         if rows is not None and args.max_steps < 0:
-            trained_rows = math.ceil(rows * args.num_train_epochs)
+            trained_rows = min(trained_rows, rows * math.ceil(args.num_train_epochs))
         tokens = trained_rows * batch.longest if args.max_length > 0 else None
-        lines.append(_step_line(args, steps) + (f'; at most {tokens:,} tokens' if tokens else ''))
-        evaluates = args.stream_val_rows > 0 if args.streaming else args.dataset_test_ratio > 0
+        most = 'at most ' if args.max_steps < 0 else ''
+        lines.append(f'{most}{_step_line(args, steps)}' + (f'; at most {tokens:,} tokens' if tokens else ''))
         lines.append(_counts_line(done, steps, evaluates=evaluates))
 
     length = f'{batch.longest} tokens'
@@ -161,7 +170,10 @@ def _measure_batch(batch: list[dict[str, Any]], *, padded: bool) -> Batch:
 
 
 def _steps(args: SftArguments, rows: int | None) -> int:
-    """Return the number of optimizer steps of a run: --max_steps if it is set, else computed as in the trainer."""
+    """Return the number of optimizer steps of a run: --max_steps if it is set, else computed as in the trainer.
+
+    With --packing, `rows` is the number of packs.
+    """
     if args.max_steps >= 0 or rows is None:
         return args.max_steps
     batches = -(-rows // (args.batch_size * dist.world_size()))

@@ -67,7 +67,8 @@ def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     attention ignores it. But without a mask, transformers would search position_ids for the starts of rows, and the CPU
     would wait for the device.
 
-    If the model uses the package flash-attn, the dict is empty, because flash-attn needs the starts from this search.
+    The dict is empty if `attend_by_rows` did not replace the model's attention. If the model uses the package
+    flash-attn, it was not replaced, because flash-attn needs the starts from this search.
     """
     uses_rows = model.config._attn_implementation.startswith(_PREFIX)
     return {'attention_mask': torch.ones_like(ids)} if uses_rows else {}
@@ -210,7 +211,7 @@ def kernel_for(case: AttentionCase, device: torch.device) -> Kernel:
 
     A trial compares output and gradients on small inputs with those of `RowAttention` in fp32. Each kernel is tried
     once per case, on `device`. If a kernel fails its trial or raises an error, a warning is logged and the next kernel
-    is tried. On a CPU there is no trial.
+    is tried. If there is only one candidate, for example on a CPU, there is no trial.
     """
     possible = candidates(case)
     for kernel in possible[:-1]:
@@ -222,10 +223,10 @@ def kernel_for(case: AttentionCase, device: torch.device) -> Kernel:
         if failure is None:
             log_decision('attention kernel', kernel, 'it passed its trial on this device')
             return kernel
-        logger.warning(f'the attention kernel {kernel} is not used: {failure}')
+        logger.warning(f'the attention kernel {kernel} is not used: {failure.rstrip()}. Another kernel is used.')
     if case.kind != 'cpu':
         log_decision(
-            'attention kernel', possible[-1], f'no faster one serves these heads in {case.dtype} on this device'
+            'attention kernel', possible[-1], f'no faster one serves this attention in {case.dtype} on this device'
         )
     return possible[-1]
 
@@ -273,7 +274,7 @@ def attend_in_groups(
 
     Rows of similar length form a group. Each row is padded at its end to the longest row of its group, and torch's
     attention is called once for each group. The padding needs no mask, because causal attention never looks at later
-    tokens.
+    tokens. If the batch has further tokens after its last row, their output is 0.
     """
     device = query_HTD.device
     inputs = Inputs(query_HTD, key_GTD, value_GTE, None, rows, scaling)
@@ -340,8 +341,8 @@ class RowAttention(torch.autograd.Function):
     Each row is cut into blocks of queries. Blocks of equal shape are computed together, because a small matrix product
     takes longer to start than to compute.
 
-    A block with few keys saves its attention weights for the backward pass. All other blocks compute them again, so
-    that the memory does not grow with the square of the row length.
+    If scores are not capped, a block with few keys saves its attention weights for the backward pass. All other blocks
+    compute them again, so that the memory does not grow with the square of the row length.
     """
 
     @staticmethod

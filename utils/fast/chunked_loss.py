@@ -67,7 +67,8 @@ class Head:
     def trained_rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the ids of the tokens whose weight rows are trained, and these rows [number of ids, hidden width].
 
-        Only the flag --new_tokens trains single rows. Returns None without this flag, and while the adapter is off.
+        Only the flag --new_tokens trains single rows. Returns None if the whole head or none of it is trained, and
+        while the adapter is off.
         """
         if not isinstance(self.linear, TrainableTokensWrapper) or self.linear.disable_adapters:
             return None
@@ -85,8 +86,8 @@ class Head:
     def bias(self) -> torch.Tensor | None:
         """Return the bias [vocabulary], or None if the head computes without a bias.
 
-        With the flag --new_tokens, the head computes without a bias, because PEFT's layer for new tokens does not add
-        it.
+        If --new_tokens trains rows of the head, it computes without a bias, because PEFT's layer for new tokens does
+        not add the bias.
         """
         if isinstance(self.linear, TrainableTokensWrapper):
             return None

@@ -56,7 +56,7 @@ def chunk_memory(rows: int, vocabulary: int, compute: int, *, on_gpu: bool) -> i
 
     The chunk has `rows` positions with `vocabulary` logits each. A logit has `compute` bytes. The gradient needs no
     memory, because it overwrites the logits. On a CPU, 16-bit logits need more memory, because some of them are also
-    held in fp32.
+    held in fp32. On a GPU, the kernel for the loss is assumed, which needs no logits in fp32.
     """
     logits = rows * vocabulary * compute
     if on_gpu or compute == 4:

@@ -37,7 +37,8 @@ def can_fill(model: Any) -> bool:
 def filled(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the inputs of a concatenated batch, with zeros added until the number of tokens is a multiple of 8.
 
-    The inputs are tensors [1, tokens]. If a batch has fewer than 256 tokens, it is returned unchanged.
+    Zeros are added to tensors [1, tokens]. Other tensors are not changed. If a batch has fewer than 256 tokens, it is
+    returned unchanged.
     """
     tokens = inputs['input_ids'].shape[1]
     extra = -tokens % _MULTIPLE

@@ -60,7 +60,10 @@ def path_of(layer: nn.Module) -> str:
 
 
 def find_weight(layer: nn.Module) -> WeightOf | None:
-    """Return the function that unpacks the weight of this layer, or None if the class of the layer is not known."""
+    """Return the function that gives the whole weight of this layer, or None if the class of the layer is not known.
+
+    If the weight is quantised, the function unpacks it.
+    """
     return _FUNCTIONS.get(path_of(layer))
 
 
@@ -96,7 +99,7 @@ class _FusedPacked(nn.Module):
 def fuse_packed(model: nn.Module) -> int:
     """Change a model's GPTQ layers so that they save no unpacked weight for the backward pass.
 
-    Returns the number of these layers.
+    Returns the number of changed layers. Only the classes TorchLinear and TritonV2Linear of gptqmodel are changed.
     """
     layers = [layer for layer in model.modules() if find_weight(layer) is _unpack_gptq]
     for layer in layers:

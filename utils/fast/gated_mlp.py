@@ -1,7 +1,7 @@
 """Replaces the forward of gated MLPs (for example SwiGLU) by a fused forward that needs less memory.
 
-A gated MLP computes down(act(gate(x)) * up(x)). The fused forward saves only gate(x) and up(x) for the backward pass,
-not act(gate(x)).
+A gated MLP computes down(act(gate(x)) * up(x)). The fused forward does not save act(gate(x)) for the backward pass. The
+backward pass computes it again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _GatedStep(torch.autograd.Function):
 
 
 class _FusedGate(nn.Module):
-    """Mixin for a gated MLP. It keeps the layers of the MLP, and saves only gate(x) and up(x) for the backward pass."""
+    """Mixin for a gated MLP. It keeps the layers of the MLP, but does not save act(gate(x)) for the backward pass."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -71,8 +71,9 @@ class _FusedGate(nn.Module):
 def fuse_gates(model: nn.Module) -> int:
     """Replace the forward of a model's gated MLPs by the fused forward, and return the number of replaced MLPs.
 
-    An MLP is replaced only if its own forward and the fused forward give bitwise the same output in a test. The test is
-    made on a copy of the MLP that has small linear layers.
+    An MLP is replaced only if its submodules are exactly gate_proj, up_proj, down_proj and act_fn, and if its own
+    forward and the fused forward give bitwise the same output in a test. The test is made on a copy of the MLP that has
+    small linear layers.
     """
     fused = 0
     for block in list(model.modules()):

@@ -1,6 +1,6 @@
-"""Decides whether a Triton kernel is used: on this device, it must give the same results as the code that it replaces.
+"""Decides whether a Triton kernel is used: on this device, it must give the results of the code that it replaces.
 
-Without a GPU, no kernel is tried and triton is not imported.
+The results may differ by rounding. Without a GPU, no kernel is tried and triton is not imported.
 
 The letters at the end of a name are the dimensions of the tensor. For example, `logits_NV` has the shape
 [positions, vocabulary].
@@ -152,10 +152,11 @@ def joined(rotate: Rotation, cos_BTR: torch.Tensor, sin_BTR: torch.Tensor) -> St
 def loss_kernel(
     dtype: torch.dtype, vocabulary: int, scale: float, cap: float | None, device: torch.device
 ) -> LossStep | None:
-    """Return the kernel that computes the loss and overwrites the logits with their gradient, or None if not possible.
+    """Return the kernel that computes the loss and overwrites the logits with their gradient.
 
-    The kernel takes logits as they come from the head's matrix product. Before it computes the loss, it multiplies them
-    by `scale`. If `cap` is not None, it then caps them to cap * tanh(logits / cap).
+    Returns None if the kernel cannot be used. The kernel takes logits as they come from the head's matrix product.
+    Before it computes the loss, it multiplies them by `scale`. If `cap` is not None, it then caps them to
+    cap * tanh(logits / cap).
     """
     if device.type != 'cuda' or dtype not in _DTYPES:
         return None
@@ -173,9 +174,9 @@ def loss_kernel(
 def loss_difference(
     ours: LossStep, dtype: torch.dtype, vocabulary: int, scale: float, cap: float | None, device: torch.device
 ) -> str | None:
-    """Return the error of a loss kernel in words, for example 'a gradient is off by 0.025', or None.
+    """Return in words by how much the loss kernel `ours` is wrong, for example 'a gradient is off by 0.025'.
 
-    The losses and gradients of `ours` are compared with those of torch in fp32. Returns None if only rounding differs.
+    Its losses and gradients are compared with those of torch in fp32. Returns None if only rounding differs.
     """
     factor = 0.5
     logits_NV = 3 * _values(5, vocabulary, dtype, device)
@@ -213,7 +214,10 @@ def conditions(device: torch.device) -> Iterator[None]:
 
 
 def _values(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return random values [rows, width], the same in each call. The random state of torch is not used or changed."""
+    """Return random values [rows, width]. The random state of torch is not used or changed.
+
+    Calls with the same sizes return the same values.
+    """
     random = torch.Generator().manual_seed(rows + width)
     return torch.randn(rows, width, generator=random).to(device, dtype)
 
@@ -221,7 +225,7 @@ def _values(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> 
 def _passes(name: str, load: Callable[[], Step], plain: Step, inputs: Sequence[torch.Tensor]) -> bool:
     """Try a kernel, log the result, and return whether its output and gradients equal those of `plain`, up to rounding.
 
-    `load` returns the kernel. If it raises an error, the kernel does not pass.
+    `load` returns the kernel. If `load` or the kernel raises an error, the kernel does not pass.
     """
     return _is_used(name, lambda: _difference(load(), plain, inputs))
 
@@ -229,7 +233,7 @@ def _passes(name: str, load: Callable[[], Step], plain: Step, inputs: Sequence[t
 def _is_used(name: str, trial: Callable[[], str | None]) -> bool:
     """Run the trial of a kernel, log its result, and return whether it passed.
 
-    If the kernel passes, `trial` returns None. Otherwise `trial` returns the failure in words.
+    If the kernel passes, `trial` returns None. Otherwise `trial` returns the failure in words, or raises an error.
     """
     try:
         failure = trial()
@@ -238,7 +242,7 @@ def _is_used(name: str, trial: Callable[[], str | None]) -> bool:
     if failure is None:
         log_decision(f'{name} kernel', 'triton', 'it passed its trial on this device')
     else:
-        logger.warning(f'the Triton kernel for {name} is not used: {failure}')
+        logger.warning(f'the Triton kernel for {name} is not used: {failure.rstrip()}. Plain torch is used instead.')
     return failure is None
 
 

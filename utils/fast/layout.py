@@ -1,7 +1,7 @@
 """Decide whether batches are padded or concatenated, and whether the loss is computed in chunks.
 
-Concatenated batches and chunks are faster. They are used if a check on the loaded model shows that the result is the
-same.
+Concatenated batches and chunks are faster. If no flag forbids them, they are used if a check on the loaded model shows
+that the result is the same, up to rounding.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _SHARDED = 'the weights are sharded over several processes'
 def use_padding_free(model: Any, args: SftArguments, *, longest: int, decide: Decide = log_decision) -> bool:
     """Switch the model to concatenated rows if this changes no result, and return whether the model was switched.
 
-    `longest` is the number of tokens of the longest row. `decide` is called with the decision and its reason. Raises
-    ConfigError if --padding_free true or --packing true is not possible.
+    If --padding_free is false, nothing is done and the result is False. Otherwise `decide` is called with the decision
+    and its reason. `longest` is the number of tokens of the longest row. Raises ConfigError if --padding_free true or
+    --packing true is not possible.
     """
     if args.padding_free is False:
         return False
@@ -44,8 +45,8 @@ def use_padding_free(model: Any, args: SftArguments, *, longest: int, decide: De
 def exact_head(model: Any, args: SftArguments, decide: Decide = log_decision) -> Head | None:
     """Return the output head if the loss can be computed from it in chunks, otherwise None.
 
-    If --chunked_loss is false, the result is None. If only the model itself can compute the logits, the result is None
-    too, and `decide` is called with the reason.
+    If --chunked_loss is false, the result is None. If the weights are sharded, or if only the model itself can compute
+    the logits, the result is None too, and `decide` is called with the reason.
     """
     if not args.chunked_loss:
         return None

@@ -35,8 +35,8 @@ class _LoraStep(torch.autograd.Function):
     `weight_of` returns the weight of the base layer. It is called in the backward pass, and only if x needs a gradient.
     `low_a_RI` and `low_b_OR` are A and B in the dtype of x. `a_RI` and `b_OR` are passed only to get their gradients.
 
-    Only x and x @ A.T are saved for the backward pass, in the dtype of x. Layers with the same input, for example
-    query, key and value, share the memory of x. PEFT's own layer saves a copy of x in fp32.
+    Only x, x @ A.T and the copies of A and B are saved for the backward pass, in the dtype of x. Layers with the same
+    input, for example query, key and value, share the memory of x. PEFT's own layer saves a copy of x in fp32.
     """
 
     @staticmethod
@@ -130,8 +130,9 @@ class _FusedLora(nn.Module):
 def fuse_lora(model: nn.Module) -> tuple[int, int]:
     """Replace the forward of a model's LoRA layers by the fused forward.
 
-    Returns the number of layers that were replaced, and the number of all LoRA layers. Layers with 8-bit weights of
-    bitsandbytes, Conv1D, DoRA and adapters with a bias are not replaced.
+    Returns the number of layers that were replaced, and the number of all LoRA layers. A layer is replaced if its base
+    is a plain linear layer, a 4-bit layer of bitsandbytes, or a TorchLinear or TritonV2Linear of gptqmodel. Layers with
+    DoRA, or with a bias in the adapter, are not replaced.
     """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     copies = LowCopies()

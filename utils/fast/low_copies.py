@@ -54,7 +54,8 @@ class LowCopies:
     def of(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the values of `weight` in `dtype`, without gradient.
 
-        If the weight has this dtype, no copy is made: the result shares the memory of the weight.
+        If the weight has this dtype, no copy is made: the result shares the memory of the weight. Otherwise the result
+        is the stored copy, which the next renewal overwrites.
         """
         if weight.dtype == dtype:
             return weight.detach()

@@ -1,7 +1,7 @@
 """A fused RMSNorm that needs little memory for the backward pass.
 
 On a CPU, its output is bitwise that of the original layer. On a GPU, a Triton kernel computes it if the kernel passes
-its trial. The last bit of the output can then differ.
+its trial. The output can then differ by rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _EPSILONS = ('variance_epsilon', 'eps', 'epsilon')
 class _NormStep(torch.autograd.Function):
     """Computes RMSNorm: weight * x / rms(x). The backward pass normalises x again, to save memory.
 
-    `kind` says in which order the result is multiplied by the weight and rounded.
+    `kind` says in which order the result is multiplied and rounded, and whether 1 is added to the weight.
     """
 
     @staticmethod
@@ -76,7 +76,7 @@ class _FusedNorm(nn.Module):
     norm_epsilon: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x, normalised over its last dimension and multiplied by the weight."""
+        """Return x, normalised over its last dimension and multiplied by the weight (one_plus: 1 + the weight)."""
         weight = self.weight
         kernel = norm_kernel(self.norm_kind, x.dtype, weight.dtype, x.shape[-1], x.device, _NormStep.apply)
         normalised: torch.Tensor = (kernel or _NormStep.apply)(x, weight, self.norm_epsilon, self.norm_kind)
@@ -86,7 +86,8 @@ class _FusedNorm(nn.Module):
 def fuse_norms(model: nn.Module) -> int:
     """Replace the forward of a model's RMSNorm layers by the fused forward, and return the number of replaced layers.
 
-    A layer is replaced only if a known variant of RMSNorm gives bitwise the same output on a test input.
+    A layer is replaced only if the name of its class ends in RMSNorm, and if a known variant of RMSNorm gives bitwise
+    the same output on test inputs.
     """
     fused = 0
     for layer in list(model.modules()):

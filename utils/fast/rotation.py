@@ -34,7 +34,7 @@ def fuse_rotary(model: nn.Module) -> int:
     """Make a model's attention layers use the Triton kernel for rotary embedding. Returns the number of changed layers.
 
     A layer is changed only if the rotary function of its class equals Llama's: on test inputs, both must give bitwise
-    the same results. The changed layer uses the kernel whenever the kernel can run on its inputs.
+    the same results. The changed layer uses the kernel for all inputs for which the kernel passes its trial.
     """
     fused = 0
     for layer in list(model.modules()):

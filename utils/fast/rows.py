@@ -131,7 +131,7 @@ class DeviceTensors:
     """
 
     def __init__(self, cu_seqlens: torch.Tensor | None = None) -> None:
-        """Store `cu_seqlens` if it is given. RowMask.cu_seqlens then returns this tensor instead of a new tensor."""
+        """Store `cu_seqlens` if it is given. RowMask.cu_seqlens then returns this tensor if asked for its device."""
         self._made: dict[tuple[str, torch.device], Any] = {}
         if cu_seqlens is not None:
             self._made['cu_seqlens', cu_seqlens.device] = cu_seqlens
@@ -255,8 +255,8 @@ class RowMask:
     def block_plan(self, heads: int, repeats: int, device: torch.device) -> BlockPlan:
         """Return the plan by which attention computes the rows in blocks.
 
-        It is made once per device and used by all layers. `heads` is the number of key heads. `repeats` is the number
-        of query heads that share one key head.
+        It is made once per device, and used by all layers with the same window and the same numbers of heads. `heads`
+        is the number of key heads. `repeats` is the number of query heads that share one key head.
         """
 
         def make() -> BlockPlan:
@@ -332,7 +332,7 @@ def concatenated_rows(lengths: Sequence[int], cu_seqlens: torch.Tensor | None = 
     """A context in which a model takes its input as rows of these lengths, without padding between them.
 
     It has an effect on models that were passed to `attend_by_rows`. If `cu_seqlens` is given, RowMask.cu_seqlens
-    returns it instead of a new tensor.
+    returns this tensor on its device, instead of a new tensor.
     """
     token = _ROWS.set(RowMask(tuple(lengths), None, DeviceTensors(cu_seqlens)))
     try:

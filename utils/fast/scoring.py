@@ -102,7 +102,7 @@ class Scorer:
         """Return the divergence KL(base || model) in nats, as the mean over the trained tokens of the batch.
 
         Inside the context `as_base`, the model must compute like its base model, for example with the adapter switched
-        off. The probabilities are computed in float64.
+        off. The probabilities are computed in float64, but in float32 on MPS.
         """
         tuned = self._predictors(model, batch)[0]
         tuned_head = self.head and self.head.fixed()
@@ -124,6 +124,7 @@ class Scorer:
 
         If the scorer has a head, the predictors are the hidden states before the trained tokens,
         [trained tokens, hidden width]. Otherwise they are the logits for these tokens, [trained tokens, vocabulary].
+        If the batch needs several forward passes, the entries are in the order of the passes.
         """
         found = []
         parts = []
@@ -211,9 +212,9 @@ def _returning(module: torch.nn.Module, result: Callable[[], torch.Tensor]) -> I
 
 
 def _log_probabilities(found: torch.Tensor, head: Head | None) -> torch.Tensor:
-    """Return log-probabilities [tokens, vocabulary] in float64.
+    """Return log-probabilities [tokens, vocabulary] in float64, but in float32 on MPS.
 
     If `head` is None, `found` are logits. Otherwise they are hidden states.
     """
     logits_NV = found if head is None else head_logits(found, head)
-    return logits_NV.double().log_softmax(dim=-1)
+    return logits_NV.to(sum_dtype(logits_NV.device)).log_softmax(dim=-1)
