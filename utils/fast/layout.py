@@ -35,9 +35,10 @@ def use_padding_free(model: Any, args: SftArguments, *, longest: int, decide: De
     if reason is None:
         decide('padding_free', True, 'concatenated rows of this model do not see each other')
         return True
-    if args.packing or args.padding_free:
-        flag = 'packing' if args.packing else 'padding_free'
-        raise ConfigError(f'--{flag} true is not possible: {reason}. Use --{flag} false to pad the rows.')
+    if asked := [flag for flag in ('packing', 'padding_free') if getattr(args, flag)]:
+        raise ConfigError(
+            *(f'--{flag} true is not possible: {reason}. Use --{flag} false to pad the rows.' for flag in asked)
+        )
     decide('padding_free', False, reason)
     return False
 
