@@ -177,6 +177,27 @@ def test_adapter_on_other_base_weights_is_refused(
     assert 'the base weights differ' in problems()[-1]
 
 
+def test_an_adapter_finds_its_base_model_in_another_folder(
+    checkpoint: Path, model_dir: Path, problems: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    args = checkpoint / 'sft_args.json'
+    gone = tmp_path / 'gone'
+    args.write_text(args.read_text().replace(str(model_dir), str(gone)))
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), *GREEDY]) == 2
+    assert problems()[-1].startswith(f'model directory {gone} is not there (looked in {tmp_path}). The checkpoint was ')
+    assert 'name its folder with --model_id_or_path: its sha256 is compared' in problems()[-1]
+
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--model_id_or_path', str(model_dir), *GREEDY]) == 0
+    assert len(results(checkpoint / 'infer_result.jsonl')) == 4
+
+    other = tmp_path / 'other'
+    shutil.copytree(model_dir, other)
+    weights = other / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-1] + b'\x00')
+    assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--model_id_or_path', str(other), *GREEDY]) == 2
+    assert 'the base weights differ' in problems()[-1]
+
+
 def test_another_base_model_typed_is_refused(checkpoint: Path, problems: Callable[[], list[str]]) -> None:
     assert llm_infer.main(['--ckpt_dir', str(checkpoint), '--model_type', 'llama2-7b']) == 2
     assert any("--model_type 'llama2-7b' is not the base model of this checkpoint" in line for line in problems())

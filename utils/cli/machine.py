@@ -128,6 +128,12 @@ def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: P
     If the weights in the folder are quantised, `done.info` gets the kind of quantisation.
     """
     if problem := check_model_dir(directory):
+        was_recorded = isinstance(done.args, InferArguments) and 'model_id_or_path' not in done.typed
+        if was_recorded and not directory.exists():
+            problem += (
+                ' The checkpoint was trained on this base model. If the base model was moved, name its folder with '
+                '--model_id_or_path: its sha256 is compared with the recorded one.'
+            )
         done.problems.add(problem)
         return
 

@@ -207,8 +207,9 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
     Therefore only flags that llm_sft.py has too are set. Flags such as --check_server, --llama_cpp and --result_path
     must be typed.
 
-    Adds a problem if a different base model was typed. Adds a line to `warnings` for each other typed flag whose value
-    differs from that of the training run.
+    Adds a problem if a different base model was typed. If the checkpoint is an adapter, a local path may be typed,
+    because `check_base` compares the weights in it later. Adds a line to `warnings` for each other typed flag whose
+    value differs from that of the training run.
     """
     args = parsed.args
     record = trained.record
@@ -220,7 +221,11 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
     for name in base:
         typed = getattr(args, name)
         ids = (record.base_model or {}).values()
-        if name in parsed.typed and typed != flags.get(name) and typed not in ids:
+        if name not in parsed.typed or typed == flags.get(name) or typed in ids:
+            continue
+        # The base model may have been moved. `check_base` compares the weights in the folder by their sha256.
+        may_be_moved = name == 'model_id_or_path' and Path(typed).exists() and is_adapter(trained.checkpoint)
+        if not may_be_moved:
             parsed.problems.add(
                 f"--{name} '{typed}' is not the base model of this checkpoint, which is "
                 f"'{flags.get('model_type') or flags.get('model_id_or_path')}'. Leave --{name} out."
