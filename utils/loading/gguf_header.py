@@ -62,7 +62,10 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Return the header of a GGUF file. Raises ConfigError if it cannot be read, is damaged or is too new."""
+    """Return the header of a GGUF file.
+
+    Raises ConfigError if the file cannot be read, is damaged, or has an unknown version or type.
+    """
     try:
         with path.open('rb') as stream:
             return _Reader(stream, path.stat().st_size).header()

@@ -149,7 +149,7 @@ def add_to_model(model: Any, added: NewTokens) -> None:
 
 
 def _tables(model: Any) -> list[Any]:
-    """Return the tensors with a row for each token: embedding, output head (if not tied), and its bias (if any)."""
+    """Return the tensors with a row for each token: embedding, output head (if not tied), bias of the head (if any)."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tables = [embedding]

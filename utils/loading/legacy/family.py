@@ -36,9 +36,8 @@ class Family:
     class is a class of transformers or of this project.
 
     `config` returns the arguments of the native configuration. It raises ConfigError if the native class does not
-    support a value in the original config.json. `tensors` returns all tensors under the names in the native class. If a
-    family has other names than the native class, `tensors` raises ConfigError for an unknown name. Otherwise, the
-    unknown name is kept, and the loader finds it.
+    support a value in the original config.json. `tensors` returns all tensors under the names in the native class. For
+    an unknown name, some families raise ConfigError. The other families keep the name, and `check_loading` finds it.
 
     `config_class` and `model_class` are the names of the native classes. A name without a colon is a class of
     transformers. A name in the form 'module:class' is a class in utils/loading/legacy/classes/.

@@ -183,9 +183,10 @@ class Qwen2ForCausalLM(PlainQwen2):
 
 
 def _prompt_lengths(inputs: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> list[int]:
-    """Return the number of tokens in each row of the batch, without padding.
+    """Return the number of tokens in each row of the batch.
 
-    For a packed row (several sequences in one row), only the tokens of the longest sequence are counted.
+    Padding is left out if a 2-D `attention_mask` or `position_ids` show it. For a packed row (several sequences in one
+    row), only the tokens of the longest sequence are counted.
     """
     rows, width = inputs.shape[:2]
     lengths = [width] * rows
