@@ -207,12 +207,24 @@ def test_larger_gpus_get_more_layers() -> None:
 
 def test_a_model_that_does_not_fit_is_refused_for_training_and_offloaded_for_answers() -> None:
     spread = Spread(memory={0: 6 * GIB, 1: 6 * GIB}, parameter_bytes=2, linear_bytes=2)
-    with pytest.raises(ConfigError, match=r'needs 12\.6 GiB on GPUs \[0, 1\] .*cannot be trained'):
+    with pytest.raises(ConfigError, match=r'needs 12\.6 GiB on GPUs \[0, 1\] with 6\.0, 6\.0 GiB usable: '):
         resolve_device_map(spread, model_of('llama2-7b'))
     assert resolve_device_map(Spread(memory=spread.memory, parameter_bytes=2, linear_bytes=2, must_fit=False),
                  model_of('llama2-7b')) == 'auto'  # fmt: skip
     quantised = Spread(memory=spread.memory, parameter_bytes=2, linear_bytes=0.5)
     assert set(resolve_device_map(quantised, model_of('llama2-7b')).values()) == {0, 1}
+
+
+def test_the_blocks_that_are_logged_include_those_of_tied_weights(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    caplog.set_level('INFO')
+    config = LlamaConfig(num_hidden_layers=2, tie_word_embeddings=True)
+    placed = resolve_device_map(
+        Spread(memory={0: 40 * GIB}, parameter_bytes=2, linear_bytes=2),
+        lambda: AutoModelForCausalLM.from_config(config),
+    )
+    assert 'lm_head' in placed and f'blocks per GPU: {{0: {len(placed)}}}' in caplog.text
 
 
 @pytest.mark.parametrize(('gpus', 'processes'), [(8, 2), (8, 4), (4, 2), (8, 8), (5, 2)])

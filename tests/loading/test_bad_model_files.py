@@ -15,8 +15,9 @@ import llm_sft
 from tests.support.old_models import change_config, original_folder
 from tests.support.runs import small_flags
 from tests.support.tiny_models import make_model, make_tokenizer
+from utils.base.errors import ConfigError
 from utils.loading.weights import locate
-from utils.model import get_model_info
+from utils.model import get_model_info, load_model
 
 Problems = Callable[[], list[str]]
 
@@ -198,6 +199,25 @@ def test_native_directory_of_other_shapes(tmp_path: Path, data_file: Path, probl
     assert len(problems()) == 1
     assert f'{folder}, read as LlamaForCausalLM, has 1 mismatched tensors: ' in problems()[0]
     assert 'model.layers.0.mlp.up_proj.weight' in problems()[0]
+
+
+def test_saved_directory_of_other_shapes(tmp_path: Path) -> None:
+    """A folder that a class of this project saved."""
+    from utils.loading.legacy.classes.alibi import AlibiLlamaConfig, AlibiLlamaForCausalLM
+
+    sizes = {'hidden_size': 32, 'intermediate_size': 64, 'num_attention_heads': 2, 'vocab_size': 64}
+    AlibiLlamaForCausalLM(AlibiLlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
+    replace_tensor(tmp_path, 'model.norm.weight', lambda tensor: tensor[:-1])
+    with pytest.raises(ConfigError, match='baichuan_13b, has 1 mismatched tensors: .*model.norm.weight'):
+        load_model(tmp_path)
+
+
+def test_noise_in_place_of_a_bin_file_is_called_damaged(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / 'model.safetensors').unlink()
+    (tmp_path / 'pytorch_model.bin').write_bytes(b'noise' * 500)
+    with pytest.raises(ConfigError, match='a .bin file in it is damaged, or holds more than tensors'):
+        load_model(tmp_path)
 
 
 GPTQ = ' are stored quantised (gptq) and cannot be '

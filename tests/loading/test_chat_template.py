@@ -165,7 +165,7 @@ def test_names_are_those_that_any_of_the_templates_reads() -> None:
 
 BAD_FILES = {
     'gone': (None, '{path} is not there (looked in {folder}). Correct the path.'),
-    'empty': (b' \n', '{path} is empty. Give a file with a Jinja chat template.'),
+    'empty': (b' \n', '{path} has an empty chat template. Give a file with a Jinja chat template.'),
     'latin': (b'{{ messages }}\xff', None),
     'tag': (
         b'{{ messages }}\n{% if a %}\n{% endfor %}\n',

@@ -138,10 +138,17 @@ def test_a_damaged_file_is_refused_before_its_sizes_are_believed(tmp_path: Path)
     for content, reason in damaged.items():
         file.write_bytes(content)
         assert reason in str(gguf_problem(file)), reason
-    with pytest.raises(ConfigError, match='damaged.gguf is not a complete GGUF file: '):
+    with pytest.raises(ConfigError, match='damaged.gguf cannot be read as a GGUF file: '):
         open_gguf(file)
     with pytest.raises(ConfigError, match='gone.gguf cannot be read: No such file'):
         read_header(tmp_path / 'gone.gguf')
+
+
+def test_a_cache_that_cannot_be_written_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setenv('ASSAY_CACHE', str(tmp_path / 'file'))
+    with pytest.raises(ConfigError, match='file: the cache folder cannot be written: .*Set the environment variable'):
+        dense_directory(written(tmp_path))
 
 
 def test_a_file_that_is_not_there_is_no_id_of_a_hub(tmp_path: Path, data_file: Path, problems: Problems) -> None:

@@ -26,7 +26,7 @@ def load_adapter(
     'qwen'. It is needed only if config.json of the base model does not tell the family.
 
     With `dropout`, the adapter is loaded for further training with this dropout. Then ConfigError is also raised if the
-    file of the adapter lacks a tensor or has an additional tensor.
+    file of the adapter lacks a tensor or has an additional tensor. Without `dropout`, PEFT only warns of both.
     """
     from peft import LoraConfig, PeftModel
     from safetensors import SafetensorError
@@ -68,7 +68,7 @@ def restore_adapter(model: Any, checkpoint: Path) -> None:
 def _check_complete(model: Any, folder: Path, checkpoint: Path) -> None:
     """Raise ConfigError if the file of an adapter lacks a tensor or has an additional tensor.
 
-    PEFT only warns of missing tensors, and gives them random values.
+    PEFT only warns of missing tensors, and keeps their initial values.
     """
     from peft import get_peft_model_state_dict
     from safetensors import safe_open

@@ -54,7 +54,7 @@ def folder_templates(folder: Path) -> Templates | None:
 def read_chat_template(path: Path) -> Templates:
     """Return the template that --chat_template names: a file, or a folder with a model or a checkpoint.
 
-    Raises ConfigError if there is no template, or if a template is not valid.
+    Raises ConfigError if there is no template, if a template is empty or not valid, or if it does not read `messages`.
     """
     given = f'--chat_template {path}'
     if path.is_dir():
@@ -68,7 +68,7 @@ def read_chat_template(path: Path) -> Templates:
 
     for source in sources_of(found):
         if not source.strip():
-            raise ConfigError(f'{given} is empty. Give a file with a Jinja chat template.')
+            raise ConfigError(f'{given} has an empty chat template. Give a file with a Jinja chat template.')
         parse_template(source, given)
         if 'messages' not in read_variables(source):
             raise ConfigError(
@@ -114,8 +114,9 @@ def write_templates(folder: Path, templates: Templates) -> None:
 def replace_templates(folder: Path, templates: Templates | None) -> None:
     """Make `templates` the chat templates of a model folder. Nothing is written if the folder has them already.
 
-    The templates are written to each file in which the folder has a template, because programs read different files.
-    If `templates` is None, all templates of the folder are removed.
+    The templates are written to .jinja files. If a JSON file of the folder has a template, the templates are also
+    written to this file, because programs read different files. If `templates` is None, all templates of the folder are
+    removed.
     """
     if (folder_templates(folder) or None) == (templates or None):
         return
@@ -144,10 +145,12 @@ def _as_key(templates: Templates) -> str | list[dict[str, str]]:
 
 
 def set_chat_template(tokenizer: Any, path: str | None, settings: Mapping[str, Any]) -> None:
-    """Give the tokenizer the template at `path`, or keep its template if `path` is None.
+    """Give the tokenizer the template at `path`, or keep its template if `path` is None. Then add the settings.
 
     Each setting is written as a line before the template, for example `{%- set enable_thinking = false -%}`. Raises
-    ConfigError if a setting is not a variable of the template, or if there is no template.
+    ConfigError if the template at `path` cannot be used, if a setting is not a variable of the template, or if there
+    are settings but no template. If `path` is given, and the template contains control tokens that the tokenizer lacks,
+    a warning is logged.
     """
     if path is None and not settings:
         return

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 class Spread:
     """A request to place the layers of a model on several GPUs.
 
-    `memory` is a dict from GPU to its free bytes. `linear_bytes` is the number of bytes per parameter in linear layers
-    except the output head. This number is small if the layers are quantised. `parameter_bytes` is the number of bytes
-    per parameter in the rest of the model. `must_fit` tells what `map` does if the model does not fit on the GPUs:
-    raise ConfigError (True) or return 'auto' (False).
+    `memory` is a dict from GPU to the number of bytes that the model may use there. `linear_bytes` is the number of
+    bytes per parameter in linear layers except the output head. This number is small if the layers are quantised.
+    `parameter_bytes` is the number of bytes per parameter in the rest of the model. `must_fit` tells what `map` does if
+    the model does not fit on the GPUs: raise ConfigError (True) or return 'auto' (False).
     """
 
     memory: Mapping[int | str, int]
     parameter_bytes: float
     linear_bytes: float
-    # If False, layers that do not fit are placed on the CPU or the disk. Such a model can be used for inference, but it
-    # cannot be trained.
+    # If False, layers that do not fit are placed on the CPU or the disk. Such a model can be used for inference in one
+    # process, but it cannot be trained.
     must_fit: bool = True
 
     def map(self, model: PreTrainedModel) -> dict[str, int | str] | str:
@@ -52,21 +52,23 @@ class Spread:
             gib = 2**30
             raise ConfigError(
                 f'{type(model).__name__} needs {sum(sizes.values()) / gib:.1f} GiB on GPUs {devices} with '
-                f'{", ".join(f"{self.memory[d] / gib:.1f}" for d in devices)} GiB free: layers would be left on the '
-                'CPU or disk, where they cannot be trained. Use more GPUs, --quantization_bit 4, or DeepSpeed ZeRO-3.'
+                f'{", ".join(f"{self.memory[d] / gib:.1f}" for d in devices)} GiB usable: layers would be left on the '
+                'CPU or disk, which is possible only for inference in one process. Use more GPUs or '
+                '--quantization_bit 4, or train with DeepSpeed ZeRO-3.'
             )
 
         device_of = {name: devices[index] for name, index in zip(sizes, indices, strict=True)}
-        logger.info(f'blocks per GPU: {dict(Counter(device_of.values()))}')
+        placed = {name: device_of[owner] for name, owner in _owners(blocks).items()}
+        logger.info(f'blocks per GPU: {dict(Counter(placed.values()))}')
 
-        return {name: device_of[owner] for name, owner in _owners(blocks).items()}
+        return placed
 
 
 def resolve_device_map(device_map: Any, build: Callable[[], PreTrainedModel]) -> Any:
     """Return a device map that from_pretrained accepts.
 
     If `device_map` is a Spread, the Spread computes the returned map for the model that `build` makes. Any other
-    `device_map` is returned unchanged.
+    `device_map` is returned unchanged. Raises ConfigError if the model must fit on the GPUs and does not.
     """
     if not isinstance(device_map, Spread):
         return device_map
@@ -204,7 +206,8 @@ def pick_dtype(name: str | None) -> tuple[torch.dtype, str]:
 def cpu_has_bf16() -> bool:
     """Return whether the CPU has instructions for bf16 arithmetic.
 
-    This is the case if /proc/cpuinfo lists avx512_bf16 or amx_bf16 (x86), or bf16 (Arm).
+    This is the case if /proc/cpuinfo lists avx512_bf16 or amx_bf16 (x86), or bf16 (Arm). Without /proc/cpuinfo, for
+    example on macOS, the answer is False.
     """
     cpuinfo = Path('/proc/cpuinfo')
     words = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 _WEIGHT_SUFFIXES = ('.safetensors', '.bin', '.gguf')
 
-# Weights up to this size are hashed completely. If the weights are larger, only the name, size, first part and last
-# part of each file are hashed, so that a run starts quickly.
+# Weights up to this size are hashed completely. If the weights are larger, only the first and the last part of each
+# file are hashed, so that a run starts quickly.
 _WHOLE_LIMIT_BYTES = 1 << 30
 _PART_BYTES = 1 << 20
 
@@ -18,8 +18,8 @@ _PART_BYTES = 1 << 20
 class Fingerprint:
     """A sha256 of weights, and how much of the weights was hashed.
 
-    `covers` is 'whole' if every byte of the weights was hashed. It is 'sampled' if only the name, size, first part and
-    last part of each file were hashed.
+    `covers` is 'whole' if every byte of the weights was hashed. It is 'sampled' if only the first and the last MiB of
+    each file were hashed, which is the case for weights above 1 GiB.
     """
 
     sha256: str
@@ -27,7 +27,10 @@ class Fingerprint:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Return the fingerprint of a weight file. For a folder, the weight files and config.json are hashed together."""
+    """Return the fingerprint of a weight file or of a folder.
+
+    For a folder, the names, sizes and bytes of its weight files and of config.json are hashed together.
+    """
     if path.is_file():
         files = [path]
     else:

@@ -57,7 +57,7 @@ def _only_gguf(model_dir: Path) -> list[Path]:
 def stored_quantization(model_dir: Path) -> str | None:
     """Return the quant_method in config.json if it is gptq, awq or bitsandbytes. Only LoRA can train such weights.
 
-    Returns None if config.json has no quant_method or a different quant_method.
+    Returns None if there is no config.json, or if config.json has no quant_method or a different quant_method.
     """
     config = read_config(model_dir) if (model_dir / 'config.json').is_file() else {}
 
@@ -85,13 +85,16 @@ def is_adapter(directory: Path) -> bool:
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
-    """Return the content of config.json. Raises ConfigError if the content is not a JSON object."""
+    """Return the content of config.json. Raises ConfigError if the file is missing or is not a JSON object."""
     content: dict[str, Any] = read_json(model_dir / 'config.json')
     return content
 
 
 def has_chat_template(directory: Path) -> bool:
-    """Return whether a model has a chat template: in a file of its folder, or in its GGUF file."""
+    """Return whether a model has a chat template: in a file of its folder, or in its GGUF file.
+
+    In a folder, only the names of files and the text of tokenizer_config.json are searched. The template is not read.
+    """
     if is_gguf(directory):
         return read_header(directory).chat_template is not None
 

@@ -70,9 +70,9 @@ def is_gguf(path: Path) -> bool:
 
 
 def gguf_problem(path: Path) -> str | None:
-    """Return the reason why a GGUF file cannot be read as a model. Returns None if it can be.
+    """Return the reason why a GGUF file cannot be read as a model. Returns None if its header shows no problem.
 
-    Only the header is read, and nothing heavy is imported.
+    Only the header is read, and nothing heavy is imported. `open_gguf` may still find problems.
     """
     try:
         header = read_header(path)
@@ -128,40 +128,44 @@ def find_packaged_file(package: str, file: str) -> Path | None:
 
 
 def dense_directory(gguf: Path) -> Path:
-    """Return a cache folder with the weights of a GGUF file as bf16 safetensors. The first call writes the folder.
+    """Return a cache folder with the model of a GGUF file as bf16 safetensors. The first call writes the folder.
 
-    For 135M parameters, reading the GGUF file takes about 15 s, and opening the folder takes less than 1 s. The name of
-    the folder contains the sha256 of the file. The folder is written under a temporary name and then renamed, so it is
-    either complete or absent. Raises ConfigError if the file cannot be read as a model.
+    If the file changes, the next call writes a new folder. A folder is either complete or absent. Raises ConfigError if
+    the file cannot be read as a model, or if the cache cannot be written.
     """
+    # For 135M parameters, reading the GGUF file takes about 15 s, and opening the folder takes less than 1 s.
     found = fingerprint(gguf)
-    # The hash of a large file covers only its first and last part, so the time of its last change is added.
+    # The hash of a file above 1 GiB covers only its first and last MiB, so the time of its last change is added.
     changed = '' if found.covers == 'whole' else f'-{gguf.stat().st_mtime_ns}'
     target = cache_dir() / f'gguf-{found.sha256[:32]}{changed}-{_FORMAT}'
     if target.is_dir():
         return target
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     logger.info(f'reading {gguf.name} into {target} (once per machine)')
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix='.aside-'))
-
     try:
-        model, tokenizer = open_gguf(gguf)
-        model.save_pretrained(temporary)
-        save_portable(tokenizer, temporary)
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    except OSError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The folder is written under a temporary name and then renamed.
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix='.aside-'))
+        try:
+            model, tokenizer = open_gguf(gguf)
+            model.save_pretrained(temporary)
+            save_portable(tokenizer, temporary)
+            temporary.chmod(0o755)
+            temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
         if not target.is_dir():  # A different process may have written the folder at the same time.
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            raise ConfigError(
+                f'{target.parent}: the cache folder cannot be written: {error.strerror}. '
+                'Set the environment variable ASSAY_CACHE to another folder.'
+            ) from error
 
     return target
 
 
 def model_directory(path: Path) -> Path:
-    """Return the folder with the weights: `path` itself or, if it is a GGUF file, its folder in the cache."""
+    """Return the folder with the weights: `path` itself or, if it is a GGUF file, the result of `dense_directory`."""
     return dense_directory(path) if path.is_file() else path
 
 
@@ -215,10 +219,10 @@ def _check_tensors(model: Any, header: GgufHeader, gguf: Path, missing: Any) -> 
 
 
 def _complete_config(config: Any, header: GgufHeader, gguf: Path) -> None:
-    """Set the fields of the configuration that transformers does not read from the file.
+    """Set the fields of the configuration from the settings of the file.
 
-    These are, for example, the head size of Qwen3 and the scaling of the rotary embedding. Raises ConfigError if the
-    file has a setting that is not supported.
+    transformers does not read all settings, for example not the head size of Qwen3. Raises ConfigError if a setting has
+    a value that is not supported.
     """
     for name, attribute in _SETTINGS.items():
         if (value := header.setting(name)) is not None:
@@ -244,10 +248,10 @@ def _complete_config(config: Any, header: GgufHeader, gguf: Path) -> None:
 
 
 def _set_gemma(config: Any, header: GgufHeader) -> None:
-    """Set two values of a Gemma 3 model: the scaling of queries, and the base of the local rotary embedding.
+    """Set two values of a Gemma 3 model: query_pre_attn_scalar, and the base of the local rotary embedding.
 
-    The base is set only if the file states it. The scaling is never stated in the file. The 27B model scales by hidden
-    size / number of heads, and all other models scale by the size of a head. As in llama.cpp, the 27B model is
+    The base is set only if the file states it. query_pre_attn_scalar is never stated in the file. In the 27B model, it
+    is hidden size / number of heads. In all other models, it is the size of a head. As in llama.cpp, the 27B model is
     recognised by its number of layers.
     """
     is_27b = config.num_hidden_layers == _LAYERS_27B
@@ -263,7 +267,7 @@ def _head_size(config: Any) -> int:
 
 
 def _set_rope(config: Any, header: GgufHeader, gguf: Path) -> None:
-    """Set the scaling of the rotary embedding. Raises ConfigError if the kind of scaling is not known."""
+    """Set the scaling of the rotary embedding. Raises ConfigError if the kind or the factors are not known."""
     rope = config.rope_parameters
     rope = rope.get('full_attention', rope)  # Gemma 3 has one setting for each kind of layer.
     kind = header.setting('rope.scaling.type')
@@ -307,7 +311,7 @@ def _factors_of(config: Any) -> Any:
 
 
 def _is_close(one: Any, other: Any) -> bool:
-    """Return whether two tensors have the same shape and the same elements, up to the rounding of fp32."""
+    """Return whether two tensors have the same shape and the same elements, up to a relative difference of 1e-4."""
     import torch
 
     return one.shape == other.shape and bool(torch.allclose(one, other, rtol=1e-4))

@@ -28,7 +28,7 @@ TENSOR_TYPES = {
     20: 'IQ4_NL', 21: 'IQ3_S', 22: 'IQ2_S', 23: 'IQ4_XS', 24: 'I8', 25: 'I16', 26: 'I32', 27: 'I64', 28: 'F64',
     29: 'IQ1_M', 30: 'BF16', 34: 'TQ1_0', 35: 'TQ2_0', 39: 'MXFP4', 40: 'NVFP4', 41: 'Q1_0',
 }  # fmt: skip
-_REMEDY = 'Download or copy the file again.'
+_REMEDY = 'Download or copy the file again, or use another file of this model.'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,10 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Return the header of a GGUF file. Raises ConfigError if the file cannot be read or is damaged."""
+    """Return the header of a GGUF file.
+
+    Raises ConfigError if the file cannot be read, is damaged, or has an unknown version or type.
+    """
     try:
         with path.open('rb') as stream:
             return _Reader(stream, path.stat().st_size).header()
@@ -70,7 +73,7 @@ def read_header(path: Path) -> GgufHeader:
         raise ConfigError(f'{path} cannot be read: {error.strerror}. Correct the path or the permissions.') from None
     except (ValueError, struct.error, KeyError, RecursionError) as error:  # ValueError: also a text that is not UTF-8
         why = f'unknown type code {error}' if isinstance(error, KeyError) else error
-        raise ConfigError(f'{path} is not a complete GGUF file: {why}. {_REMEDY}') from None
+        raise ConfigError(f'{path} cannot be read as a GGUF file: {why}. {_REMEDY}') from None
 
 
 class _Reader:

@@ -174,7 +174,7 @@ READERS: dict[str, Callable[[Any, Any, Path, int | None], Images]] = {
 
 
 def open_images(model: Any, tokenizer: Any, model_dir: Path, *, max_pixels: int | None) -> Images | None:
-    """Return the object that converts images for a model. Returns None if the model takes no images.
+    """Return the object that converts images for a model. Returns None if no images are supported for the model.
 
     Raises ConfigError if the image processor of the folder cannot be opened, if `max_pixels` is too small for it, or if
     the image token has different ids in the tokenizer and in the model.
@@ -185,7 +185,7 @@ def open_images(model: Any, tokenizer: Any, model_dir: Path, *, max_pixels: int 
         return reader(model, tokenizer, model_dir, max_pixels)
 
     if max_pixels is not None:
-        logger.warning('--max_pixels has no effect: the model takes no images')
+        logger.warning('--max_pixels has no effect: images are not supported for this model')
 
     return None
 
@@ -195,7 +195,8 @@ def open_images_of_folder(
 ) -> Images | None:
     """Return the object that converts images for the model in a folder. The model is not opened.
 
-    `config` is the content of config.json in the folder. Returns None if the model takes no images or is not supported.
+    `config` is the content of config.json in the folder. Returns None if no images are supported for the model. Raises
+    ConfigError for the reasons of `open_images`, or if config.json has a value that is not supported.
     """
     family = find_family(config) if 'visual' in config else None
     settings = {**config, **family.config(config), 'model_type': family.saved_model_type} if family else dict(config)

@@ -50,7 +50,7 @@ GetFunction = Callable[[Path, 'ModelInfo', LoadOptions], 'tuple[PreTrainedModel,
 class ModelInfo:
     """The registry entry of one model: its ids, and all settings that differ between models."""
 
-    # The ModelScope id or a local folder.
+    # The ModelScope id, a local folder or a GGUF file.
     model_id_or_path: str
     hf_model_id: str | None = None
     revision: str = 'master'
@@ -76,7 +76,7 @@ class ModelInfo:
     family: str | None = None
     # (package, file) of a GGUF file. If the package is installed, this file is used and nothing is downloaded.
     embedded: tuple[str, str] | None = None
-    # False if model_id_or_path is an id or folder that the user named. Such an id is looked up only on the chosen hub.
+    # False if model_id_or_path is an id or path that the user named. Such an id is looked up only on the chosen hub.
     registered: bool = True
 
     @property

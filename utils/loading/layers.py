@@ -23,7 +23,7 @@ RECURRENT = frozenset({'linear_attention', 'conv'})
 
 
 def is_sharded(model: Any) -> bool:
-    """Return whether ZeRO-3 or FSDP shards the weights over several processes."""
+    """Return whether the weights are sharded by ZeRO-3 or FSDP."""
     import torch
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -138,7 +138,8 @@ def native_names(wanted: list[str], names: Collection[str]) -> list[str]:
     """Return the layer names `wanted` without duplicates. Old names are replaced by the names in transformers.
 
     An old name is a name in the Python code that was published with a model in 2023. For example, c_attn becomes
-    q_proj, k_proj and v_proj. `names` are the names of the model's layers.
+    q_proj, k_proj and v_proj. `names` are the names of the model's layers. An old name is replaced only if the model
+    has all new names. If the model also has the old name, the old name is kept and the new names are added.
     """
     native: list[str] = []
 
@@ -164,7 +165,8 @@ def choose_layers(
 
     `wanted` are values of --lora_target_modules, and `paths` the paths of the model's linear layers. A target is the
     path of one layer, or the end of a path, which selects all layers with this end. `taken` has the layer names that
-    `taken_for_experts` returns. Patterns and all-linear never select layers with these names.
+    `taken_for_experts` returns. Patterns and all-linear never select layers with these names. If a pattern matches only
+    such layers, the pattern is in the second list.
     """
     names = Counter(map(last_name, paths))
     chosen: list[str] = []
@@ -231,7 +233,7 @@ def no_layer(word: str, class_name: str, paths: Sequence[str], experts: Sequence
 
 
 def bad_pattern(word: str) -> str | None:
-    """Return the problem with a word of --lora_target_modules that is a pattern, or None if the pattern is valid."""
+    """Return the problem with a word of --lora_target_modules, or None if it is a valid pattern or no pattern."""
     if not word.startswith(PATTERN):
         return None
     try:
@@ -259,8 +261,8 @@ def what_all_adds(layers: int, parameters: int, trained: int) -> str:
 def find_towers(model: Any) -> list[str]:
     """Return the paths of the vision towers, as in named_modules(). A text model has none, and the list is empty.
 
-    A vision tower has parameters, and shares no submodule with the language model or the output head. Modules inside a
-    vision tower are not returned.
+    A vision tower has parameters, and shares no submodule with the language model or the output head. So projectors and
+    audio towers count as vision towers too. Modules inside a vision tower are not returned.
     """
     parts = (model.get_decoder(), model.get_output_embeddings())
     language = {id(module) for part in parts if part is not None for module in part.modules()}

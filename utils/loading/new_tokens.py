@@ -123,7 +123,8 @@ def add_to_model(model: Any, added: NewTokens) -> None:
     """Set the rows of new tokens in the embedding and the output head of a model to their initial values.
 
     The embedding and the head are enlarged only if they have too few rows for the new ids. Raises ConfigError if the
-    model cannot be enlarged, or if the model uses one of the new ids already, for example as its pad_token_id.
+    weights are sharded, if the embedding or the head is quantised, if the model must be enlarged and cannot be, or if
+    the model uses one of the new ids already, for example as its pad_token_id.
     """
     import torch
 
@@ -148,7 +149,7 @@ def add_to_model(model: Any, added: NewTokens) -> None:
 
 
 def _tables(model: Any) -> list[Any]:
-    """Return the tensors with a row for each token: embedding, output head (if not tied), and bias of the head."""
+    """Return the tensors with a row for each token: embedding, output head (if not tied), bias of the head (if any)."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tables = [embedding]
@@ -192,7 +193,8 @@ def _check_model(model: Any, tables: Sequence[Any], added: NewTokens) -> None:
 def check_rows(checkpoint: Path, ids: Sequence[int]) -> None:
     """Raise ConfigError if the new tokens of an adapter had different ids when the adapter was trained.
 
-    `ids` are the ids of the new tokens now. Nothing is checked if the checkpoint holds a whole model.
+    `ids` are the ids of the new tokens now. Nothing is checked if the checkpoint holds a whole model, or if its
+    adapter_config.json states no ids of new tokens.
     """
     if not is_adapter(checkpoint):
         return

@@ -69,11 +69,14 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
     AutoModelForCausalLM opens Gemma 3 and 4 with their towers. LoRA would then also be put on the layers of the towers,
     because these layers have the same names as layers of the language model. So the class of transformers for the
     language model alone is used. An adapter for this class does not fit the class with towers. Merging writes the whole
-    checkpoint, with the towers.
+    checkpoint, with the towers. If config.json has no text_config, `get_model_tokenizer_default` opens the folder.
+
+    Raises ConfigError if the model or the tokenizer cannot be opened.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
+    from utils.loading.legacy.opening import check_loading
     from utils.loading.weight_files import read_state
 
     if 'text_config' not in read_config(model_dir):
@@ -87,15 +90,19 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).get_text_config()
         cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         keywords = options.keywords(lambda: cls(config))
-        model, found = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **keywords)
+        # With ignore_mismatched_sizes, a wrong shape is not an error here. check_loading then names the tensors.
+        model, found = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **keywords,
+        )
     except (*_LIBRARY_ERRORS, StrictDataclassError) as error:
         raise ConfigError(f'the language model in {model_dir} cannot be opened: {error_text(error)}') from error
 
-    if names := sorted(found['missing_keys']):
-        raise ConfigError(
-            f'{model_dir} lacks {len(names)} weights of {type(model).__name__}, for example {names[0]}. '
-            'Download or copy the complete folder.'
-        )
+    check_loading(found, model_dir, type(model).__name__, unexpected=False)
 
     if (model_dir / 'generation_config.json').is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_dir)
@@ -106,8 +113,8 @@ def get_text_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOpti
 def get_unpacked_model_tokenizer(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
     """Return the gpt-oss model and its tokenizer.
 
-    The 4-bit experts (MXFP4) are unpacked, because packed experts get no gradient. Raises ConfigError if the options
-    ask for quantisation.
+    If config.json says that the experts are packed in 4 bits (MXFP4), they are unpacked, because packed experts get no
+    gradient. In this case, ConfigError is raised if the options ask for quantisation.
     """
     if not (model_dir / 'config.json').is_file() or 'quantization_config' not in read_config(model_dir):
         return get_model_tokenizer_default(model_dir, info, options)
@@ -120,7 +127,7 @@ def get_unpacked_model_tokenizer(model_dir: Path, info: ModelInfo, options: Load
             'Remove --quantization_bit.'
         )
 
-    logger.info('the experts are unpacked from 4 bits: in memory they take 4 times the size of their files')
+    logger.info('the experts are unpacked from 4 bits: in 16 bits they take about 4 times the size of their files')
     options = replace(options, quantization_config=Mxfp4Config(dequantize=True))
     model, tokenizer = get_model_tokenizer_default(model_dir, info, options)
 
@@ -147,7 +154,7 @@ def read_model(model_dir: Path, info: ModelInfo, options: LoadOptions) -> PreTra
         raise
     except UnpicklingError:  # The error text is not shown, because it explains how to run the file's code.
         raise ConfigError(
-            f'the model in {model_dir} cannot be opened: a .bin file in it holds more than tensors. '
+            f'the model in {model_dir} cannot be opened: a .bin file in it is damaged, or holds more than tensors. '
             'Only tensors are loaded, because other objects can run code. Use the safetensors files of this model.'
         ) from None
     except (*_LIBRARY_ERRORS, SafetensorError, StrictDataclassError) as error:
@@ -234,7 +241,10 @@ def _open_native(model_dir: Path, keywords: dict[str, Any]) -> PreTrainedModel:
     check_loading(loading, model_dir, type(model).__name__, unexpected=False)
 
     if unused := sorted(loading['unexpected_keys']):
-        logger.warning(f'{len(unused)} tensors of {model_dir} are not used by {type(model).__name__}: {unused[0]}, ...')
+        logger.warning(
+            f'{model_dir}: {type(model).__name__} does not use {len(unused)} tensors of the weight files, for example '
+            f'{unused[0]}. The model is used without them.'
+        )
 
     return model
 
@@ -282,9 +292,10 @@ def read_tokenizer(model_dir: Path, info: ModelInfo) -> Any:
 
 
 def _match_tokenizer_file(tokenizer: Any, model_dir: Path) -> Any:
-    """Return a tokenizer that encodes test texts in the same way as tokenizer.json.
+    """Return a tokenizer that encodes test texts in the same way as tokenizer.json, if there is such a tokenizer.
 
-    This is `tokenizer` itself if possible. Otherwise, it is a tokenizer that is built from tokenizer.json.
+    If `tokenizer` encodes them in this way, it is returned. Otherwise, PreTrainedTokenizerFast opens the folder. If its
+    result encodes them in this way, the result is returned. If it does not, `tokenizer` is returned.
 
     Some classes of transformers 5 read only the vocabulary from tokenizer.json, and use rules of their own. For
     example, LlamaTokenizer then loses a space at the start of a text.
@@ -311,8 +322,8 @@ def _match_tokenizer_file(tokenizer: Any, model_dir: Path) -> Any:
 
     text = next(text for text, one, other in zip(_PROBE_TEXTS, found, wanted, strict=True) if one != other)
     logger.info(
-        f'the tokenizer is opened from {file.name} alone, because the class {type(tokenizer).__name__} would encode '
-        f'{text!r} differently'
+        f'the tokenizer is opened as PreTrainedTokenizerFast, because {type(tokenizer).__name__} would encode {text!r} '
+        f'differently from {file.name}'
     )
     return by_file
 
@@ -348,8 +359,9 @@ def open_entry(model_dir: Path, info: ModelInfo, options: LoadOptions) -> tuple[
 def get_model_tokenizer(info: ModelInfo, weights: Weights, options: LoadOptions) -> tuple[PreTrainedModel, Any]:
     """Return the model and the tokenizer of a registry entry, opened from `weights`.
 
-    name_or_path of the model is set to its public id, so that no local path is saved. Raises ConfigError if the eos
-    or pad token has no row in the embedding. Logs a warning if other tokens have no row.
+    name_or_path of the model is set to its public id, so that the path of downloaded weights is not saved. Raises
+    ConfigError if the model cannot be opened, or if the eos or pad token has no row in the embedding. Logs a warning if
+    only other tokens have no row.
     """
     path = weights.path
     if path.is_file():

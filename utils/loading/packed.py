@@ -62,7 +62,9 @@ def keep_trainable(model: Any) -> None:
 
 
 def record_packed_format(model: Any) -> None:
-    """Write the current storage format of packed weights into the model's config. Do nothing if no weight is packed.
+    """Write the current storage format of packed weights into the model's config.
+
+    Does nothing if the model has no layer of `packed_classes`, for example if bitsandbytes packed the weights.
 
     The kernel is set to 'auto', so that whoever opens the saved model can choose a different kernel.
     """

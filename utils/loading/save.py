@@ -17,7 +17,8 @@ from utils.loading.tokenizer_files import CODE_KEYS, save_tokenizer
 def save_whole(model: Any, tokenizer: Any, folder: Path, images: Images | None = None) -> None:
     """Write all files of the model to `folder`: weights, settings, tokenizer and, if there is one, image processor.
 
-    References to code and local paths are removed from the saved files.
+    References to code and the local path of the model are removed from the saved files. The end token of the tokenizer
+    is added to the generation settings of `model`.
     """
     record_packed_format(model)
     add_end_token(tokenizer, model.generation_config)

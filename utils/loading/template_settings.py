@@ -59,7 +59,7 @@ def setting_names(words: Sequence[str]) -> list[str]:
 def _parse_value(text: str) -> Any:
     """Return the value that a text states: true, false, none, a number, or a JSON list, object or string.
 
-    Any other text is returned unchanged.
+    Any other text is returned unchanged. Raises ValueError if the text begins with [, { or " and is not valid JSON.
     """
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
@@ -165,7 +165,7 @@ def change_each(templates: Templates, change: Callable[[str], str]) -> Templates
 
 
 def settings_problems(settings: Iterable[str], templates: Templates, supplied: Iterable[str] = ()) -> list[str]:
-    """Return a message for each name that is not a setting of the templates. Each message names a remedy.
+    """Return a message for each name that is not a setting of the templates.
 
     A name is a setting if a template reads a variable of this name, or if a template begins with a line that sets it,
     such as `{%- set enable_thinking = false -%}`. Variables that the tokenizer supplies are not settings. `supplied`

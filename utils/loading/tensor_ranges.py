@@ -1,6 +1,6 @@
 """Finds the tensors in the safetensors files of a model folder, without loading them.
 
-This module imports only the standard library, so that it needs little memory.
+This module imports neither torch nor safetensors, so that it needs little memory.
 """
 
 from __future__ import annotations
@@ -53,14 +53,17 @@ def _blocks(stream: IO[bytes], start: int, end: int) -> Iterator[bytes]:
 
 
 def only_safetensors(model_dir: Path) -> bool:
-    """Return whether all weight files of a folder are safetensors. Raises ConfigError if the folder has no weights."""
+    """Return whether all files that `weight_files` finds in a folder are safetensors files.
+
+    Raises ConfigError if the folder has no weights or an incomplete download.
+    """
     return all(file.suffix == SUFFIX for file in weight_files(model_dir))
 
 
 def tensor_ranges(model_dir: Path) -> dict[str, TensorRange]:
     """Return a dict from name to TensorRange for all tensors in the safetensors files of a folder.
 
-    Raises ConfigError if a file is damaged or is not a safetensors file.
+    Raises ConfigError if a file is missing or damaged, or is not a safetensors file.
     """
     return {name: found for file in weight_files(model_dir) for name, found in _read_header(file).items()}
 

@@ -23,9 +23,10 @@ CODE_KEYS = ('auto_map', 'custom_generate')
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer to a folder: the files from which it was opened, byte for byte, with its chat template.
+    """Write a tokenizer to a folder: copies of the files from which it was opened, with its chat template.
 
-    New files are written instead if there are no such files, if these files lack a token of the tokenizer, or if
+    The copies are byte for byte, except for the chat template and for keys that name code, which are left out. New
+    files are written instead if there are no such files, if these files lack a token of the tokenizer, or if
     tokenizer_config.json does not name the class of the tokenizer.
     """
     source = Path(tokenizer.name_or_path)

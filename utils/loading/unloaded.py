@@ -19,8 +19,8 @@ _INDEX = 'model.safetensors.index.json'
 def unloaded_tensors(model: Any, base: Path, family: str | None) -> dict[str, TensorRange]:
     """Return the tensors in the folder `base` that the class of `model` does not load, as {name: TensorRange}.
 
-    Returns {} if the weights are quantised, if they are not in safetensors files, or if the folder is not for a class
-    of transformers.
+    Returns {} if there is no config.json, if the weights are quantised, if they are not in safetensors files, or if the
+    folder is not for a class of transformers.
     """
     from utils.loading.legacy.registry import find_family, find_saved
 
@@ -38,7 +38,10 @@ def unloaded_tensors(model: Any, base: Path, family: str | None) -> dict[str, Te
 
 
 def write_unloaded(tensors: dict[str, TensorRange], folder: Path) -> None:
-    """Write tensors byte for byte to a new file in a model folder, and add their names to the index of the folder."""
+    """Write tensors byte for byte to a new file in a model folder, and add their names to the index of the folder.
+
+    If the folder has no index, one is written. If there are no tensors, nothing is written.
+    """
     if not tensors:
         return
     header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}

@@ -1,4 +1,4 @@
-"""Reads the weight files of a model folder. The files are memory-mapped, and code in them is never run."""
+"""Reads the weight files of a model folder. Code in the files is never run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _LIST_SUFFIX = '.quant_state'
 def weight_files(model_dir: Path) -> list[Path]:
     """Return the weight files of a folder: all files that the index names, or the single file if there is no index.
 
+    If there are safetensors files and .bin files, the safetensors files are returned. The files are sorted by name.
     Raises ConfigError if the index is damaged, if a file is missing, or if the folder has no weights.
     """
     for name in _SINGLE:
@@ -58,8 +59,8 @@ def weight_files(model_dir: Path) -> list[Path]:
 def read_state(model_dir: Path) -> State:
     """Return a dict from name to tensor for all weight files of a folder. The names are the names in the files.
 
-    Raises ConfigError if a file is truncated or is not a tensor archive, or if two shards have a tensor of the same
-    name.
+    In the 4-bit files of 2023, an entry whose name ends in .quant_state is a list. Raises ConfigError if a file is
+    missing or damaged, if any other entry is not a tensor, or if two shards have a tensor of the same name.
     """
     import torch
 
@@ -88,7 +89,8 @@ def read_state(model_dir: Path) -> State:
 def read_file(file: Path) -> dict[str, Any]:
     """Return a dict from name to tensor for one weight file. The tensors are memory-mapped.
 
-    Raises ConfigError if the file is damaged or contains code.
+    Only .bin files from before PyTorch 1.6 are read into memory. Raises ConfigError if the file is damaged, contains
+    code, or is not a dict. The values of the dict are not checked.
     """
     import pickle
     import zipfile
@@ -101,7 +103,7 @@ def read_file(file: Path) -> dict[str, Any]:
         if file.suffix == '.safetensors':
             return load_file(file)
 
-        # Files from before PyTorch 1.6 are not zip archives and cannot be memory-mapped.
+        # Files from before PyTorch 1.6 are not zip archives, so they cannot be memory-mapped.
         content = torch.load(file, map_location='cpu', mmap=zipfile.is_zipfile(file), weights_only=True)
     except pickle.UnpicklingError:  # The error text is not shown, because it explains how to run the file's code.
         raise ConfigError(

@@ -27,7 +27,10 @@ class Weights:
     served: str | None = None
 
     def record(self, info: ModelInfo) -> dict[str, str]:
-        """Return the id, source and hash of the base model, for the record of a run. No local path is included."""
+        """Return the id, source and hash of the base model, for the record of a run.
+
+        A local path is included only if the user named the model by this path.
+        """
         return {
             'id': info.public_id,
             'source': self.served or self.path.name,
@@ -63,7 +66,7 @@ def locate(info: ModelInfo, *, revision: str, hub_name: HubName = 'modelscope', 
     """Return where the weights of a model are. If they are not on this machine, they are downloaded.
 
     Files whose names match a glob in `skip` are not downloaded. A GGUF file is converted later, when the model is
-    opened.
+    opened. Raises ConfigError if the model is not found or cannot be downloaded.
     """
     local = Path(info.model_id_or_path)
 

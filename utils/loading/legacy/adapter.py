@@ -32,26 +32,27 @@ def convert_adapter(family: Family, original: dict[str, Any], state: State) -> S
     If a fused layer is split, its LoRA matrix B is split in the same way as the weight of the layer. Each part gets a
     copy of the matrix A, because A acts before the split. So the base model with the adapter computes the same as
     before. `original` is the config.json of the base model. Raises ConfigError if a tensor is neither an A nor a B, or
-    if an A has no B.
+    if an A or a B lacks the other matrix.
     """
     native: State = {}
 
     for key, tensor in state.items():
-        module, is_a, _ = key.removeprefix(_PREFIX).partition('.lora_A.')
-
-        if not is_a:
-            if key.replace('.lora_B.', '.lora_A.') in state and '.lora_B.' in key:
-                continue  # This B is converted together with its A.
+        is_a = '.lora_A.' in key
+        if not is_a and '.lora_B.' not in key:
             raise ConfigError(
                 f"the adapter's tensor '{key}' is neither a lora_A nor a lora_B, so it cannot be converted to "
                 'the layer names of transformers. Train the adapter again with --sft_type lora.'
             )
 
-        matrix_b = state.get(key.replace('.lora_A.', '.lora_B.'))
-        if matrix_b is None:
-            raise ConfigError(f"the adapter has '{key}' without its lora_B. Copy the complete checkpoint.")
+        own, other = ('lora_A', 'lora_B') if is_a else ('lora_B', 'lora_A')
+        matrix = state.get(key.replace(f'.{own}.', f'.{other}.'))
+        if matrix is None:
+            raise ConfigError(f"the adapter has '{key}' without its {other}. Copy the complete checkpoint.")
+        if not is_a:
+            continue  # This B is converted together with its A.
 
-        for new, part in family.tensors({f'{module}.weight': matrix_b}, original).items():
+        module = key.removeprefix(_PREFIX).partition('.lora_A.')[0]
+        for new, part in family.tensors({f'{module}.weight': matrix}, original).items():
             name = _PREFIX + new.removesuffix('.weight')
             native[f'{name}.lora_A.weight'] = tensor.clone()
             native[f'{name}.lora_B.weight'] = part.clone().contiguous()
@@ -102,7 +103,10 @@ def native_adapter(
 
 
 def read_adapter(checkpoint: Path) -> State:
-    """Return the tensors of an adapter. They are read from the .bin file only if there is no .safetensors file."""
+    """Return the tensors of an adapter. They are read from the .bin file only if there is no .safetensors file.
+
+    Raises ConfigError if there is neither file, or if the file is damaged.
+    """
     for name in (_FILE, _OLD_FILE):
         if (checkpoint / name).is_file():
             return read_file(checkpoint / name)

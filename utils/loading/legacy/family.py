@@ -36,8 +36,8 @@ class Family:
     class is a class of transformers or of this project.
 
     `config` returns the arguments of the native configuration. It raises ConfigError if the native class does not
-    support a value in the original config.json. `tensors` returns all tensors under the names in the native class. It
-    raises ConfigError if the name of an original tensor is unknown.
+    support a value in the original config.json. `tensors` returns all tensors under the names in the native class. For
+    an unknown name, some families raise ConfigError. The other families keep the name, and `check_loading` finds it.
 
     `config_class` and `model_class` are the names of the native classes. A name without a colon is a class of
     transformers. A name in the form 'module:class' is a class in utils/loading/legacy/classes/.
@@ -51,7 +51,7 @@ class Family:
     model_class: str
     config: Callable[[Config], dict[str, Any]]
     tensors: Callable[[State, Config], State]
-    # Builds the tokenizer from the file `vocabulary`. If the folder has no such file, tokenizer.json is read instead.
+    # Builds the tokenizer from the file `vocabulary`. If the folder has no such file, transformers opens the tokenizer.
     tokenizer: Callable[[Path], Any] | None = None
     vocabulary: str | None = None
     # The model_type in config.json after a class of this project saved the model. None if the class is in transformers.

@@ -53,7 +53,7 @@ def packed_available() -> bool:
 def read_format(original: Config, family: str) -> Format:
     """Return the GPTQ format that quantization_config in config.json states.
 
-    Raises ConfigError if the weights are not GPTQ weights with 4 or 8 bits.
+    Raises ConfigError if the weights are not GPTQ weights with 4 or 8 bits, or if checkpoint_format is unknown.
     """
     settings = original.get('quantization_config')
     why = 'and this family reads GPTQ: pass the --model_type of these weights'
@@ -80,8 +80,8 @@ def packed_settings(original: Config) -> dict[str, Any]:
 def split_fused(key: str, tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
     """Split one tensor of a fused layer along the outputs and return the `count` equal parts.
 
-    `key` ends in weight, bias, qweight, qzeros, scales or g_idx. g_idx has no axis of outputs, so each part is a
-    copy of it. The parts of the other tensors are views. Raises ConfigError if the axis of the outputs cannot be split
+    `key` ends in weight, bias, qweight, qzeros, scales or g_idx. g_idx has no axis of outputs, so each part is the
+    whole g_idx. The parts of the other tensors are views. Raises ConfigError if the axis of the outputs cannot be split
     into equal parts.
     """
     name = key.rpartition('.')[2]

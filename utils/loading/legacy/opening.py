@@ -34,9 +34,9 @@ def _class(name: str) -> Any:
 def open_original(family: Family, model_dir: Path, **options: Any) -> Any:
     """Return the model of a folder with an original layout, in the native class of its family.
 
-    `options` are passed to from_pretrained (dtype, device_map, quantization_config, ...). Raises ConfigError if a
-    tensor of the class is missing, if a tensor of the checkpoint is not used, or if a shape is wrong. The message names
-    the tensors.
+    `options` are passed to from_pretrained (dtype, device_map, quantization_config, ...). Raises ConfigError if
+    config.json does not fit the family, if a tensor of the class is missing, if a tensor of the checkpoint is not used,
+    or if a shape is wrong.
     """
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -84,7 +84,10 @@ def open_saved(family: Family, model_dir: Path, **options: Any) -> Any:
     exclude_towers(options.get('quantization_config'), build)
     options['device_map'] = resolve_device_map(options.get('device_map'), build)
 
-    model, info = cls.from_pretrained(model_dir, output_loading_info=True, **drop_unsupported_attention(cls, options))
+    # With ignore_mismatched_sizes, a wrong shape is not an error here. check_loading then names the tensors.
+    model, info = cls.from_pretrained(
+        model_dir, output_loading_info=True, ignore_mismatched_sizes=True, **drop_unsupported_attention(cls, options)
+    )
     check_loading(info, model_dir, f'family {family.name}')
 
     return model
@@ -133,11 +136,11 @@ def _read_generation(model: Any, model_dir: Path) -> None:
 
 
 def make_generation_savable(model: Any) -> None:
-    """Make the generation settings of a model valid. transformers does not save invalid settings.
+    """Make the sampling settings of a model valid. transformers does not save invalid settings.
 
-    Sampling settings such as top_p are valid only with do_sample=True. If do_sample is missing, it is set to True,
-    because in 2023 the sampling settings alone turned sampling on. If do_sample is False, the sampling settings have no
-    effect and are removed.
+    Sampling settings such as top_p are valid only with do_sample=True. If they are invalid and do_sample is missing,
+    do_sample is set to True, because in 2023 the sampling settings alone turned sampling on. If they are invalid and
+    do_sample is False, they have no effect and are removed. Other invalid settings are not changed.
     """
     settings = model.generation_config
 

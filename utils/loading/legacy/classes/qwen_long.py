@@ -1,6 +1,6 @@
 """Qwen2 with the long-context inference of Qwen (2023): dynamic NTK and log-n attention.
 
-Both extensions act only at inference, and only beyond the training length (`max_position_embeddings`). In all other
+Both extensions act only in eval mode, and only beyond the training length (`max_position_embeddings`). In all other
 cases, the model computes the same as Qwen2 of transformers. The class is also named Qwen2ForCausalLM, so that
 transformers can open a saved model without the code of this project.
 """
@@ -76,7 +76,7 @@ class QwenRotaryEmbedding(Qwen2RotaryEmbedding):
 
 
 class QwenLogNAttention(Qwen2Attention):
-    """Attention that multiplies queries beyond the training length by their log-n factors.
+    """Attention that multiplies queries beyond the training length by their log-n factors, but not in training mode.
 
     The class works with every attention implementation. Queries are scaled after the rotation and not in q_proj,
     because an adapter can wrap q_proj.
@@ -155,7 +155,7 @@ class QwenModel(Qwen2Model):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the outputs of Qwen2Model. For a new prompt, the NTK factor of each row is set first."""
+        """Return the outputs of Qwen2Model. In eval mode, the NTK factors of a new prompt are set first."""
         # If the cache is not empty, the tokens continue a prompt. The factors of this prompt are already set.
         cache = cache_of(kwargs)
         is_prompt = cache is None or int(cache.get_seq_length()) == 0
@@ -183,9 +183,10 @@ class Qwen2ForCausalLM(PlainQwen2):
 
 
 def _prompt_lengths(inputs: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> list[int]:
-    """Return the number of tokens in each row of the batch, without padding.
+    """Return the number of tokens in each row of the batch.
 
-    For a packed row (several sequences in one row), only the tokens of the longest sequence are counted.
+    Padding is left out if a 2-D `attention_mask` or `position_ids` show it. For a packed row (several sequences in one
+    row), only the tokens of the longest sequence are counted.
     """
     rows, width = inputs.shape[:2]
     lengths = [width] * rows

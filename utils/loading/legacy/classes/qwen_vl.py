@@ -240,7 +240,8 @@ class QwenVLForCausalLM(Qwen2ForCausalLM):
     ) -> Any:
         """Return the outputs of Qwen2ForCausalLM.
 
-        Raises ConfigError if `input_ids` and `pixel_values` have different numbers of images.
+        Raises ConfigError if `input_ids` and `pixel_values` have different numbers of images, or if `pixel_values` are
+        given without `input_ids`.
         """
         if input_ids is not None:
             inputs_embeds = self._embed(input_ids, pixel_values)

@@ -32,7 +32,10 @@ _FUSED = re.compile(r'^(.*\.self_attn\.)W_pack\.weight$')
 
 
 def native_config(original: Config, *, family: str) -> dict[str, Any]:
-    """Return the arguments of LlamaConfig. Raises ConfigError if config.json belongs to a different Baichuan model."""
+    """Return the arguments of LlamaConfig.
+
+    Raises ConfigError if config.json belongs to a different Baichuan model or has a value that is not supported.
+    """
     found = _variant(original)
     architectures = original.get('architectures')
     refuse(

@@ -26,7 +26,8 @@ _VOCAB = {_V1: 64000, _V2: 125696}
 def native_config(original: Config, *, family: str) -> dict[str, Any]:
     """Return the arguments of AlibiLlamaConfig.
 
-    Raises ConfigError if config.json belongs to a 7B model, because the 7B models have rotary embedding.
+    Raises ConfigError if config.json belongs to a 7B model, because the 7B models have rotary embedding, or if
+    config.json has a value that is not supported.
     """
     refuse(
         'BaiChuanForCausalLM' in (original.get('architectures') or ()),

@@ -40,8 +40,8 @@ def _matches(original: Config, *, unquantised: Family) -> bool:
 def unpack_state(state: State) -> State:
     """Return the state dict with a lazy weight `<name>` in place of each `<name>.data` and `<name>.quant_state`.
 
-    Raises ConfigError if one of the two entries is missing. If there are packed weights, a warning is logged that
-    states the required memory.
+    Raises ConfigError if one of the two entries is missing, or if a weight cannot be unpacked. If there are packed
+    weights, a warning is logged that states the required memory.
     """
     unpacked: State = {}
 
@@ -173,7 +173,7 @@ def native_config(original: Config, *, unquantised: Family) -> dict[str, Any]:
 
 
 def native_tensors(state: State, original: Config, *, unquantised: Family) -> State:
-    """Unpack the tensors and return them under the names in the transformers class of the unquantised model."""
+    """Unpack the tensors and return them under the names in the native class of the unquantised model."""
     return unquantised.tensors(unpack_state(state), _unquantised_config(original))
 
 

@@ -114,7 +114,11 @@ def _refuse_other_models(original: Config, family: str) -> None:
 
 
 def native_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of Qwen2Config for plain weights. Raises ConfigError if the weights are quantised."""
+    """Return the arguments of Qwen2Config for plain weights.
+
+    Raises ConfigError if the weights are quantised, if the model is a Qwen-VL or Qwen-Audio, or if config.json has a
+    value that is not supported.
+    """
     _refuse_other_models(original, 'qwen')
 
     quantised = original.get('quantization_config')
@@ -128,7 +132,8 @@ def gptq_config(original: Config) -> dict[str, Any]:
     """Return the arguments of Qwen2Config for GPTQ weights.
 
     If optimum and gptqmodel are installed, the arguments say that the weights stay packed. Raises ConfigError if the
-    weights are not GPTQ weights.
+    weights are not GPTQ weights, if the model is a Qwen-VL or Qwen-Audio, or if config.json has a value that is not
+    supported.
     """
     _refuse_other_models(original, 'qwen_gptq')
     read_format(original, 'qwen_gptq')  # This raises ConfigError if the weights are not GPTQ weights.

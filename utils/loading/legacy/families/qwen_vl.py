@@ -27,7 +27,10 @@ _POOL_HEAD = 128
 
 
 def native_config(original: Config) -> dict[str, Any]:
-    """Return the arguments of QwenVLConfig for plain weights. Raises ConfigError if the weights are quantised."""
+    """Return the arguments of QwenVLConfig for plain weights.
+
+    Raises ConfigError if the weights are quantised, or if config.json has a value that is not supported.
+    """
     quantised = original.get('quantization_config')
     why = 'so it is quantised: pass the --model_type of its int4'
     refuse(quantised is not None, _PLAIN, 'quantization_config', quantised, why)
@@ -39,7 +42,7 @@ def gptq_config(original: Config) -> dict[str, Any]:
     """Return the arguments of QwenVLConfig for GPTQ weights.
 
     If optimum and gptqmodel are installed, the arguments say that the weights stay packed. Raises ConfigError if the
-    weights are not GPTQ weights.
+    weights are not GPTQ weights, or if config.json has a value that is not supported.
     """
     read_format(original, _GPTQ)  # This raises ConfigError if the weights are not GPTQ weights.
 

@@ -17,7 +17,8 @@ _XVERSE = {
 def native_config(original: Config) -> dict[str, Any]:
     """Return the arguments of LlamaConfig.
 
-    Raises ConfigError if the model is XVERSE-MoE, which has the same model_type.
+    Raises ConfigError if the model is XVERSE-MoE, which has the same model_type, or if config.json has a value that is
+    not supported.
     """
     for field, value in original.items():
         experts = field.startswith('moe_') or field in ('num_experts', 'num_shared_experts', 'num_experts_per_tok')

@@ -69,7 +69,8 @@ def read_settings(model_dir: Path, name: str = 'tokenizer_config.json') -> dict[
 def common_options(settings: Mapping[str, Any], *, padding_side: str = 'right') -> dict[str, Any]:
     """Return the constructor arguments that are the same for all tokenizers. `settings` is tokenizer_config.json.
 
-    Keys of `settings` that name code are ignored. `padding_side` is used if `settings` does not state the side.
+    Only model_max_length, padding_side and chat_template are taken from `settings`. The parameter `padding_side` is
+    used if `settings` does not state the side.
     """
     return {
         'clean_up_tokenization_spaces': False,
@@ -81,7 +82,7 @@ def common_options(settings: Mapping[str, Any], *, padding_side: str = 'right') 
 
 
 def added_token(value: Any, where: Path) -> Any:
-    """Return an AddedToken for a special token of tokenizer_config.json. `value` is a string, an object or None.
+    """Return an AddedToken for a special token in a JSON file of a tokenizer. `value` is a string, an object or None.
 
     Returns None if `value` is None. Raises ConfigError if `value` has no text. `where` is the model folder, for the
     message of this error.
@@ -94,8 +95,8 @@ def added_token(value: Any, where: Path) -> Any:
 
     if not isinstance(fields, dict) or not isinstance(fields.get('content'), str):
         raise ConfigError(
-            f'{where}/tokenizer_config.json has the special token {value!r}, which has no text. '
-            'Download or copy it again.'
+            f'{where}: its tokenizer has the special token {value!r}, which has no text. Download or copy the folder '
+            'again.'
         )
 
     flags = {flag: bool(fields.get(flag, False)) for flag in ('single_word', 'lstrip', 'rstrip')}
@@ -108,7 +109,7 @@ def added_token(value: Any, where: Path) -> Any:
 def read_vocabulary(file: Path) -> Vocabulary:
     """Return the content of a sentencepiece model.
 
-    Raises ConfigError if the file is corrupt, or if the `tokenizers` library cannot reproduce the model.
+    Raises ConfigError if the file is missing or corrupt, or if the `tokenizers` library cannot reproduce the model.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -138,7 +139,7 @@ def read_vocabulary(file: Path) -> Vocabulary:
     if problem := _problem(vocabulary, trainer, normalizer):
         raise ConfigError(
             f'{file}: {problem}. The file is refused, because its tokens would differ from the tokens of the '
-            "model's training. Download it again."
+            "model's training. Download the original file of the model."
         )
 
     return vocabulary
@@ -374,8 +375,8 @@ def build_polylm_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
 def build_chatglm2_tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer of ChatGLM2.
 
-    It adds the tokens [gMASK] and sop before each text, and pads on the left. If a text contains the string of a
-    special token, the string is encoded as ordinary text.
+    It adds the tokens [gMASK] and sop before each text. Unless tokenizer_config.json states otherwise, it pads on the
+    left. If a text contains the string of a special token, the string is encoded as ordinary text.
     """
     from transformers import PreTrainedTokenizerFast
 
