@@ -73,7 +73,7 @@ def train(resolved: Resolution[SftArguments], now: Parsed[SftArguments]) -> int:
     are checked before torch is imported, so that a wrong command fails quickly.
     """
     from utils.cli.machine import settle_sft
-    from utils.run.folder import log_decisions, open_run, removed_at_end
+    from utils.run.folder import in_progress, log_decisions, open_run, removed_at_end
     from utils.run.last import resume_last
     from utils.run.open_model import find_weights
     from utils.run.processes import leave_out_unused, start_processes
@@ -105,7 +105,7 @@ def train(resolved: Resolution[SftArguments], now: Parsed[SftArguments]) -> int:
         return 0
 
     run = open_run(done, weights, data, now.typed)
-    with removed_at_end(run.folder, removes=args.verify):
+    with removed_at_end(run.folder, removes=args.verify), in_progress(run.folder):
         keep_held_out(rows, run.folder)
         return carry_out(done, run, rows, now, started=started)
 

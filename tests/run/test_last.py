@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import llm_sft
-from tests.support.runs import assert_equal, small_flags, write_jsonl
+from tests.support.runs import ROOT, assert_equal, small_flags, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base import dist
 from utils.base.errors import ConfigError
+from utils.base.system import is_held
+from utils.run.folder import in_progress
 from utils.run.last import _check_everywhere
 
 LAST = ('--resume_from_checkpoint', 'last')
@@ -84,6 +90,40 @@ def test_the_same_command_goes_on_to_the_same_bits(killed: Path, whole: Path, ag
     assert_equal(resumed / 'checkpoint-4', whole / 'checkpoint-4')
     command = json.loads((resumed / 'lock.json').read_text())['command']
     assert command[command.index('--resume_from_checkpoint') + 1] == str(chosen)
+
+
+def test_a_run_that_is_being_trained_is_not_resumed(killed: Path, again: Callable[..., str]) -> None:
+    with in_progress(killed):
+        log = again(expect=2)
+        assert list(killed.parent.iterdir()) == [killed]
+    assert f'--resume_from_checkpoint last: {killed} fits this command, and another process trains it now. Wait' in log
+
+
+def test_a_run_is_in_progress_until_its_process_dies_even_if_a_fork_lives_on(tmp_path: Path) -> None:
+    code = (
+        'import os, signal, sys, time\n'
+        'from pathlib import Path\n'
+        'from utils.run.folder import in_progress\n'
+        'with in_progress(Path(sys.argv[1])):\n'
+        '    child = os.fork()\n'
+        '    if child == 0:\n'
+        '        time.sleep(60)\n'
+        '    print(child, flush=True)\n'
+        '    time.sleep(60)\n'
+    )
+    with subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        assert is_held(tmp_path)
+        process.kill()
+        process.wait()
+        try:
+            assert not is_held(tmp_path)
+        finally:
+            os.kill(child, signal.SIGKILL)
+    with in_progress(tmp_path):
+        assert is_held(tmp_path)
+    assert not is_held(tmp_path)
 
 
 def test_a_complete_run_is_not_trained_again(killed: Path, whole: Path, again: Callable[..., str]) -> None:

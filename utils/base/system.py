@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -35,6 +36,74 @@ def locked(path: Path) -> Iterator[None]:
     with path.open('w') as stream:
         _lock(stream)
         yield
+
+
+@contextlib.contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock on a folder while the body runs, so that `is_held` is True for every process of this machine.
+
+    If the process dies, the system releases the lock. Nothing is held on Windows, and on file systems that have no
+    locks for folders.
+    """
+    handle = None if is_held(folder) else _lock_folder(folder)
+    if handle is None:
+        yield
+        return
+    _close_in_forks()
+    _HELD.add(handle)
+    try:
+        yield
+    finally:
+        _HELD.discard(handle)
+        os.close(handle)
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process holds the lock on a folder (see `held_folder`)."""
+    try:
+        handle = _lock_folder(folder)
+    except BlockingIOError:
+        return True
+    if handle is not None:
+        os.close(handle)
+    return False
+
+
+# The open folders whose locks this process holds.
+_HELD: set[int] = set()
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """Lock a folder, and return its open file descriptor. Closing the descriptor releases the lock.
+
+    Returns None if folders cannot be locked here. Raises BlockingIOError if the lock is held already.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:  # some network file systems
+        os.close(handle)
+        return None
+    return handle
+
+
+@functools.cache
+def _close_in_forks() -> None:
+    """Make forked processes close the folders of `_HELD`: a fork that outlives this process would hold the locks."""
+
+    def close_all() -> None:
+        for handle in _HELD:
+            os.close(handle)
+        _HELD.clear()
+
+    os.register_at_fork(after_in_child=close_all)
 
 
 def _lock(stream: IO[str]) -> None:

@@ -18,6 +18,7 @@ from utils.base.errors import ConfigError
 from utils.base.files import write_json
 from utils.base.logger import logger
 from utils.base.names import LOCK_JSON
+from utils.base.system import held_folder
 from utils.cli.arguments import InferArguments, SftArguments
 from utils.cli.resolution import Decided, Ready, decision, run_name
 from utils.loading.new_tokens import TOKENS_FILE
@@ -124,6 +125,16 @@ def removed_at_end(folder: Path, *, removes: bool) -> Iterator[None]:
     finally:
         if removes and dist.is_main():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def in_progress(folder: Path) -> Iterator[None]:
+    """A context in which other commands see that the run in this folder is being trained.
+
+    The main process holds the lock on the folder. So the mark ends with the process, however it ends.
+    """
+    with held_folder(folder) if dist.is_main() else contextlib.nullcontext():
+        yield
 
 
 def log_decisions(done: Decided[Any]) -> None:

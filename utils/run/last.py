@@ -18,6 +18,7 @@ from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
 from utils.base.logger import logger
 from utils.base.names import LAST, LOCK_JSON
+from utils.base.system import is_held
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Ready, run_name
 from utils.cli.resumed import TRAINER_STATE, check_resume, partial_checkpoints
@@ -34,12 +35,14 @@ _SKIPPED = 'it is skipped.'
 
 @dataclass(kw_only=True)
 class Found:
-    """The result of the search for a run to resume. If no run fits, `checkpoint` and `complete` are None."""
+    """The result of the search for a run to resume. If no run fits, the fields are None except `skipped`."""
 
     # The checkpoint to resume from.
     checkpoint: str | None = None
     # The folder of a run that fits and has trained all its steps.
     complete: str | None = None
+    # The folder of a run that fits and is being trained now.
+    running: str | None = None
     # One line for each newer run or checkpoint that cannot be used, with the reason.
     skipped: list[str] = field(default_factory=list)
 
@@ -51,7 +54,8 @@ def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, 
     flags, data, weights and number of processes. The value is None if there is no such checkpoint.
 
     Returns True if the newest run that fits is complete, so that nothing is left to train. The main process searches,
-    and all processes get the same result. Raises ConfigError if a process cannot read the checkpoint.
+    and all processes get the same result. Raises ConfigError if another process trains this run now, or if a process
+    cannot read the checkpoint.
     """
     args = done.args
     if args.resume_from_checkpoint != LAST:
@@ -62,6 +66,11 @@ def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, 
     found: Found = dist.from_all(find_last(args, record, data) if dist.is_main() else Found())[0]
     for line in found.skipped:
         logger.info(line)
+    if found.running is not None:
+        raise ConfigError(
+            f'--resume_from_checkpoint last: {found.running} fits this command, and another process trains it now. '
+            'Wait until it ends. To train a second run beside it, leave --resume_from_checkpoint out.'
+        )
     if found.complete is not None:
         _tell_complete(Path(found.complete))
         return True
@@ -115,6 +124,9 @@ def find_last(args: SftArguments, record: RunRecord, data: Mapping[str, Any]) ->
             continue
         if (run / RUN_JSON).is_file():
             found.complete = str(run)
+            return found
+        if is_held(run):
+            found.running = str(run)
             return found
 
         for checkpoint in reversed(all_checkpoints(run)):
