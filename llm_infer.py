@@ -88,8 +88,8 @@ def infer(parsed: Parsed[InferArguments]) -> int:
 def resolve(parsed: Parsed[InferArguments]) -> tuple[Ready[InferArguments], Trained | None]:
     """Return the resolved arguments, and the checkpoint of --ckpt_dir (None without --ckpt_dir).
 
-    Arguments that were not typed are taken from the record of the run that wrote the checkpoint. Raises ConfigError if
-    there are problems.
+    Flags of training that were not typed are taken from the record of the run that wrote the checkpoint. Raises
+    ConfigError if there are problems.
     """
     from utils.cli.machine import settle_infer
     from utils.cli.resolve_infer import resolve_infer
@@ -133,7 +133,10 @@ def load_scores(args: InferArguments) -> Scores:
 
 
 def reach_server(args: InferArguments) -> Server:
-    """Return the client of the server of --check_server. Raises ConfigError if the server does not answer."""
+    """Return the client of the server of --check_server.
+
+    Raises ConfigError if the server does not answer, or if it lists several models and --served_model is not typed.
+    """
     from utils.serve.client import reach
 
     return reach(str(args.check_server), args.served_model)
@@ -178,8 +181,8 @@ class Served:
 def open_served(done: Ready[InferArguments], trained: Trained | None, weights: Weights) -> Served:
     """Open and return the model (with the adapter of the checkpoint), tokenizer, encoder and generation settings.
 
-    Raises ConfigError if the template differs from the template of training. If the user typed a flag that chooses or
-    changes the template, a warning is logged instead.
+    Raises ConfigError if the template has changed since training. If the user typed a flag that chooses or changes the
+    template, a warning is logged instead.
     """
     from transformers import set_seed
 
@@ -212,7 +215,10 @@ def open_served(done: Ready[InferArguments], trained: Trained | None, weights: W
 
 
 def merge(done: Ready[InferArguments], trained: Trained, served: Served, weights: Weights) -> Path:
-    """Merge the adapter into its base model. Return the new model folder, which is next to the checkpoint."""
+    """Merge the adapter into its base model. Return the new model folder <checkpoint>-merged.
+
+    Raises ConfigError if the merged model differs too much from the model with the adapter.
+    """
     from utils.export.merge import merge_checkpoint
     from utils.export.write import find_base
     from utils.infer.generation import served_config
@@ -238,7 +244,7 @@ def write_file(done: Ready[InferArguments], trained: Trained, served: Served, fo
     """Write a Modelfile (for Ollama) for the GGUF file that --gguf names.
 
     With --llama_cpp, the model folder `folder` is also converted to this GGUF file. The model in the GGUF file is then
-    opened on `device`, and compared with the model in `folder`.
+    opened on `device`, and compared with the model in `folder`. Raises ConfigError if they differ.
     """
     from utils.export.gguf import GgufTarget, write_gguf
     from utils.infer.generation import served_config
@@ -262,7 +268,10 @@ def write_file(done: Ready[InferArguments], trained: Trained, served: Served, fo
 def check(
     done: Ready[InferArguments], trained: Trained | None, served: Served, rows: Sequence[Row], server: Server
 ) -> int:
-    """Compare the answers of a server with the answers of this program. Returns 1 if they differ, else 0."""
+    """Compare the answers of a server with the answers of this program.
+
+    Returns 1 if they differ or if the server refused a row, else 0.
+    """
     import copy
 
     from utils.cli.resolution import log_decision
@@ -285,7 +294,7 @@ def check(
 def apply_settings(done: Ready[InferArguments], trained: Trained | None, served: Served) -> None:
     """Set the model's generation settings to `served.config`.
 
-    With --save_generation_config, these settings are also written to the checkpoint.
+    With --save_generation_config and a checkpoint, these settings are also written to the checkpoint.
     """
     served.model.generation_config = served.config
     if done.args.save_generation_config and trained is not None and dist.is_main():
@@ -300,7 +309,11 @@ def chat(done: Ready[InferArguments], served: Served) -> None:
 
 
 def answer(done: Ready[InferArguments], served: Served, rows: Sequence[Row], scores: Scores) -> None:
-    """Answer the rows. Print the answers, and write the answers and the scores to a file."""
+    """Answer the rows, print the answers, and write the answers and the scores to a file.
+
+    If --show_dataset_sample is less than the number of rows, that many rows are drawn and answered. Raises ConfigError
+    if every drawn row is skipped.
+    """
     from utils.infer.answers import answer_rows
     from utils.run.folder import result_path
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fine-tune a model as the command line says, and return the exit code."""
+    """Do what the command line says (train, or only run checks), and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
     parsed = parse(SftArguments, words, program='llm_sft.py', about='Fine-tune a large language model.')
     if parsed.args.doctor:
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def resolve(now: Parsed[SftArguments], words: Sequence[str]) -> Resolution[SftArguments]:
     """Return the resolved command line. Flags that are typed now replace the flags of the run in --from_run.
 
-    With --adapter, flags such as --lora_rank are taken from the files of the adapter. `words` are the words of the
-    command line.
+    With --adapter, flags such as --lora_rank are taken from the files of the adapter, unless they are typed. Problems
+    are collected, not raised. `words` are the words of the command line.
     """
     from utils.cli.resolve import resolve_sft
     from utils.run.lineage import fill_from_adapter
@@ -67,10 +67,11 @@ def resolve(now: Parsed[SftArguments], words: Sequence[str]) -> Resolution[SftAr
 
 
 def train(resolved: Resolution[SftArguments], now: Parsed[SftArguments]) -> int:
-    """Train with the resolved arguments, and return the exit code. With --check_dataset or --dry_run, do not train.
+    """Train with the resolved arguments, and return the exit code.
 
-    `now` is the command line that was typed now, without the flags of the run in --from_run. Arguments, files and data
-    are checked before torch is imported, so that a wrong command fails quickly.
+    With --check_dataset or --dry_run, nothing is trained. If --resume_from_checkpoint last finds a complete run,
+    nothing is trained either. `now` is the command line that was typed now, without the flags of the run in --from_run.
+    Arguments, files and data are checked before torch is imported, so that a wrong command fails quickly.
     """
     from utils.cli.machine import settle_sft
     from utils.run.folder import in_progress, log_decisions, open_run, removed_at_end
@@ -115,9 +116,9 @@ def carry_out(
 ) -> int:
     """Load the model, encode the rows, train, and write the results of checks and the report to the run folder.
 
-    Returns the exit code. With --verify true, steps of the run in --from_run are repeated and compared, and there is
-    no report. `started` is the time when the program started, as time.time returns it. --max_minutes counts from this
-    time.
+    Returns the exit code. Raises Stopped if a signal ended the training. With --verify true, steps of the run in
+    --from_run are repeated and compared, and there is no report. `started` is the time when the program started, as
+    time.time returns it. --max_minutes counts from this time.
     """
     from transformers import set_seed
 
@@ -160,8 +161,8 @@ def carry_out(
 class Opened:
     """A loaded base model, its encoder (it turns rows into token ids), the dtype of the computation, and the scores.
 
-    `token_ids` are the ids of the tokens that --new_tokens adds. `scores` are the functions of --score, or None
-    without --predict_with_generate.
+    `token_ids` are the ids of the tokens that the run adds to the tokenizer (--new_tokens). `scores` are the functions
+    of --score, or None without --predict_with_generate.
     """
 
     model: Any
@@ -172,9 +173,10 @@ class Opened:
 
 
 def open_for_training(done: Ready[SftArguments], run: Run) -> Opened:
-    """Open the base model and make its encoder. Files of --score are executed first, so that their errors show early.
+    """Open the base model and make its encoder.
 
-    With LoRA, logs a warning if the base model never learnt the token that ends a turn. LoRA cannot teach this token.
+    With --predict_with_generate, files of --score are executed first, so that their errors show early. With LoRA, logs
+    a warning if the base model never learnt the token that ends a turn and the run does not train it either.
     """
     from utils.infer.scores import Scores
     from utils.loading.image_processors import open_images
@@ -197,10 +199,11 @@ def open_for_training(done: Ready[SftArguments], run: Run) -> Opened:
 
 
 def check_template(done: Ready[SftArguments], run: Run, encoder: Encoder, now: Parsed[SftArguments]) -> None:
-    """Record the template of the run.
+    """Record the template of the run, and compare it with the template of earlier runs.
 
     Raises ConfigError if the template has changed since the run that --from_run, --resume_from_checkpoint or --adapter
-    names.
+    names. It is no error if --template_type differs from that run. With --from_run and --adapter, it is also no error
+    if the user typed --chat_template or --template_settings; with --adapter, a warning is logged.
     """
     from utils.base.names import TEMPLATE_FLAGS
     from utils.proofs.template import check_trained_template, note_template
@@ -243,7 +246,7 @@ def prepare_training(
 ) -> SftTrainer:
     """Give the model its adapter or make its weights trainable, and return the trainer of the run.
 
-    With --adapter, the answers of the model before training are generated here, and kept in `asked`.
+    With --adapter, the model answers the rows of the report before training. `asked` keeps these answers.
     """
     from utils.export.push_queue import push_while_training
     from utils.run.rows import held_out_rows

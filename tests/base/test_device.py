@@ -259,7 +259,7 @@ REFUSED = [
     ('mps', ('--deepspeed_config_path', 'ds_config/zero2.json'), '--deepspeed_config_path: DeepSpeed does not run on'),
     ('mps', ('--fsdp', 'true'), '--fsdp true: a Mac has one GPU, so nothing can be sharded. Remove --fsdp.'),
     ('mps', ('--dtype', 'fp16'), '--dtype fp16: training on the GPU of a Mac has no loss scaling, which fp16 needs.'),
-    ('mps', ('--ddp_backend', 'nccl'), '--ddp_backend nccl needs a GPU, and this machine has none.'),
+    ('mps', ('--ddp_backend', 'nccl'), '--ddp_backend nccl needs a GPU of NVIDIA or AMD, and this machine has none.'),
     ('cpu', ('--ddp_backend', 'xccl'), '--ddp_backend xccl needs an Intel GPU, and this machine has none.'),
     ('cuda', ('--ddp_backend', 'hccl'), '--ddp_backend hccl needs an Ascend NPU, and this machine has none.'),
 ]

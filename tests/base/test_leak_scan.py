@@ -100,7 +100,7 @@ def test_an_archive_nested_without_end_is_a_finding(tmp_path: Path) -> None:
 
 def test_the_name_of_a_file_counts(tmp_path: Path) -> None:
     (tmp_path / 'ms-01234567-89ab-cdef-0123-456789abcdef.txt').touch()
-    assert scan_tree(tmp_path, {}) == ['the name of ms-01234567-89ab-cdef-0123-456789abcdef.txt: a ModelScope token']
+    assert scan_tree(tmp_path, {}) == ['the name of <secret>.txt: a ModelScope token']
 
 
 def test_nothing_is_found_in_a_model(model_dir: Path, tmp_path: Path) -> None:

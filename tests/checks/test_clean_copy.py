@@ -496,14 +496,14 @@ def test_an_unusable_file_is_refused_before_anything_is_read(
     ]
     assert refused(file, other) == [f'--write_clean {other} exists already and is not replaced. Name a new file.']
     lies = (
-        '--dataset names a folder or a pattern that includes this new file, so the next run would read the rows twice, '
-        'from the old files and from the new file. '
+        '--dataset or --val_dataset names a folder or a pattern that includes this new file, so the next run would '
+        'read the rows twice, from the old files and from the new file. '
     )
     inside = tmp_path / 'rows' / 'b.jsonl'
     for word in (tmp_path / 'rows', f'{tmp_path}/ro*/*.jsonl'):
         assert refused(word, inside) == [f'--write_clean {inside}: {lies}Name a file in another folder.']
     below = file / 'b.jsonl'
-    assert refused(file, below) == [f'--write_clean {below} cannot be created: {file} is a file. Give another folder.']
+    assert refused(file, below) == [f'--write_clean {below} cannot be created: {file} is a file. Give another path.']
     monkeypatch.setenv('WORLD_SIZE', '2')
     given = [*words, '--dataset', str(file), '--write_clean', 'x.jsonl', '--check_dataset', 'true']
     assert resolve_sft(parse(SftArguments, given, program='llm_sft.py', about='')).problems.found == [

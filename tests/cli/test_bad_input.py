@@ -156,7 +156,7 @@ def test_output_dir_under_a_file(model_dir: Path, data_file: Path, tmp_path: Pat
     (tmp_path / 'file').write_text('')
     assert sft(model_dir, data_file, tmp_path / 'file' / 'out') == 2
     assert problems() == [
-        f'--output_dir {tmp_path}/file/out cannot be created: {tmp_path}/file is a file. Give another folder.'
+        f'--output_dir {tmp_path}/file/out cannot be created: {tmp_path}/file is a file. Give another path.'
     ]
 
 
@@ -251,7 +251,7 @@ RULES = {
     ('--push_to_hub', 'true', '--hub', 'huggingface'): 'needs a token: set the environment variable HF_TOKEN',
     ('--hub', 'hugingface'): "takes modelscope, huggingface, got 'hugingface'",
     ('--push_to_hub', 'true', '--hub_model_id', 'a/b/c'): 'takes repo or user/repo',
-    ('--ddp_backend', 'nccl'): 'needs a GPU, and this machine has none',
+    ('--ddp_backend', 'nccl'): 'needs a GPU of NVIDIA or AMD, and this machine has none',
     ('--use_flash_attn', 'true'): 'needs flash-attn',
     ('--deepspeed_config_path', 'nowhere.json'): 'is not a file',
     ('--resume_from_checkpoint', 'nowhere'): 'is not a directory',

@@ -90,6 +90,10 @@ def test_deepspeed_values_that_contradict_the_flags_are_named(
     config.write_text(json.dumps({'zero_optimization': zero}))
     assert llm_sft.main([*small_flags(model_dir, data_file, tmp_path), *flags]) == 2
     assert any('offloads the optimizer, and --optim adafactor cannot be offloaded' in line for line in problems())
+    before = len(problems())
+    config.write_text(json.dumps({'zero_optimization': {'stage': 2, 'offload_optimizer': {}}}))
+    assert llm_sft.main([*small_flags(model_dir, data_file, tmp_path), *flags]) == 2
+    assert not any('offloads' in line for line in problems()[before:]), 'DeepSpeed offloads nothing without a device'
 
 
 def test_a_deepspeed_checkpoint_of_another_number_of_processes_is_refused(

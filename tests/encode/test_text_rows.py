@@ -332,7 +332,7 @@ def test_a_base_model_refuses_conversations_before_it_is_opened(
     run_text(base_dir, mixed, tmp_path, '--dataset', str(mixed), str(data_file), expect=2)
     assert message in problems()[-1]
     run_text(base_dir, mixed, tmp_path, '--text_rows', 'paragraph', '--dry_run', 'true')
-    assert '--text_rows has no effect: --dataset names no .txt or .md file.' in capsys.readouterr().out
+    assert '--text_rows has no effect: --dataset and --val_dataset name no .txt or .md file.' in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -327,7 +327,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'export under a file': (
         lambda w: w.infer('--model_id_or_path', w.source / 'model', '--export_native', 'true', '--output_dir',
-                          w.data / 'a'), 'qa.jsonl is a file. Give another folder.',
+                          w.data / 'a'), 'qa.jsonl is a file. Give another path.',
     ),
     'export into what is there': (
         lambda w: w.infer('--model_id_or_path', w.source / 'model', '--export_native', 'true', '--output_dir', w.tmp),
@@ -340,6 +340,10 @@ PROGRAMS: dict[str, Row] = {
     'brackets for DeepSpeed': (deepspeed(DEEP), 'ds.json cannot be read as JSON: maximum recursion'),
     'a number for DeepSpeed': (
         deepspeed('{"zero_optimization": 3}'), 'zero_optimization must be an object, got 3. Write',
+    ),
+    'a word for the stage of DeepSpeed': (
+        deepspeed('{"zero_optimization": {"stage": "two"}}'),
+        "the stage of zero_optimization must be a number, got 'two'.",
     ),
     # rows
     'a number without end': (rows('a.jsonl', f'{{"query": "a", "response": {DIGITS}}}'), 'a.jsonl:1: this line is not'),
@@ -615,7 +619,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     'an image token of another model': (image_token_of_another_model, "the model's is 7: they do not belong together."),
     'more processes than GPUs': (more_processes_than_gpus, '4 processes for 2 GPUs, and each process needs its own'),
     'sharding in fp16': (sharded_in_half_precision, 'this GPU has no bf16. Use --dtype fp32, or use '),
-    'flash attention on a CPU': (flash_attention_on_a_cpu, 'needs an NVIDIA GPU of compute capability 8'),
+    'flash attention on a CPU': (flash_attention_on_a_cpu, 'needs a GPU (AMD, or NVIDIA of compute capability 8'),
     'a directory of nothing': (directory_of_nothing, 'has no config.json, so its architecture is unknown.'),
     'dropout on experts': (dropout_on_experts, '--lora_dropout_p 0.1 is not possible on expert parameters'),
     'an object cut off': (objects(b'{"a": 1}\n{"b": '), 'a.json:2: the JSON is broken in the row that'),

@@ -224,6 +224,7 @@ def test_data_that_differ_are_refused_even_if_they_are_typed(
     (name,) = json.loads((run / 'lock.json').read_text())['data']
     assert verify(run, '--dataset', name)[0] == 2
     assert problems()[0].startswith(f'--from_run: the rows of {name} have changed since that run (sha256 000000')
+    assert problems()[0].endswith('). Restore the earlier ones.'), 'a typed --dataset would not help'
 
 
 def test_flags_that_contradict_a_verification_are_refused_together(

@@ -71,9 +71,7 @@ def test_without_a_run_a_new_one_starts_and_its_lock_repeats_no_word(whole: Path
     lock = json.loads((whole / 'lock.json').read_text())
     assert '--resume_from_checkpoint' not in lock['command']
     (line,) = [s for s in json.loads((whole / 'run.json').read_text())['decisions'] if s.startswith('resume_from')]
-    assert line == (
-        f'resume_from_checkpoint = None because no run in {whole.parent} fits this command: a new run starts'
-    )
+    assert line == (f'resume_from_checkpoint = None because no run in {whole.parent} can be resumed: a new run starts')
 
 
 @pytest.mark.slow
@@ -178,7 +176,7 @@ def test_a_checkpoint_that_is_not_whole_is_skipped(killed: Path, whole: Path, ag
         'incomplete: it is skipped.'
     ) in log
     assert f'{killed / "checkpoint-2"} cannot be used, because adapter_model.safetensors has ' in log
-    assert f'resume_from_checkpoint = None because no run in {killed.parent} fits this command: a new run starts' in log
+    assert f'resume_from_checkpoint = None because no run in {killed.parent} can be resumed: a new run starts' in log
 
 
 @pytest.mark.slow
@@ -241,7 +239,7 @@ def test_a_repeated_run_is_not_taken_for_its_own_repetition(
 ) -> None:
     shutil.copy(whole / 'run.json', killed)
     log = again('--from_run', str(killed))
-    assert f'no run in {killed.parent} fits this command: a new run starts' in log
+    assert f'no run in {killed.parent} can be resumed: a new run starts' in log
     assert_equal(newest(killed) / 'checkpoint-4', whole / 'checkpoint-4')
 
 

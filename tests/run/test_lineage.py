@@ -329,6 +329,19 @@ def test_what_cannot_be_started_from_is_refused_with_one_message(
     assert not Path('hacked').exists()
 
 
+def test_a_damaged_configuration_is_reported_with_the_other_problems(
+    model_dir: Path, data_file: Path, tmp_path: Path, problems: Problems
+) -> None:
+    folder = tmp_path / 'adapter'
+    folder.mkdir()
+    (folder / 'adapter_config.json').write_text('{')
+    (folder / ADAPTER).touch()
+    words = small_flags(model_dir, data_file, tmp_path)
+    assert llm_sft.main([*words, '--adapter', str(folder), '--lora_dropout_p', '2']) == 2
+    damaged, out_of_range = problems()
+    assert 'adapter_config.json cannot be read as JSON' in damaged and '--lora_dropout_p takes' in out_of_range
+
+
 @pytest.mark.slow
 def test_combinations_that_make_no_sense_are_refused(
     first: Path, run_sft: Run, tmp_path: Path, problems: Problems, data_file: Path

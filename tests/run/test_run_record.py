@@ -189,15 +189,15 @@ def test_a_typed_data_set_is_answered_whole(
         target = tmp_path / f'{count}.out'
         assert llm_infer.main([*serve, '--dataset', str(data), '--result_path', str(target)]) == 0
         assert answered(target) == [row['response'] for row in made_rows(count)]
-    assert 'exists and is replaced' not in caplog.text
+    assert 'exists and will be replaced' not in caplog.text
     words = [*serve, '--dataset', str(data), '--result_path', str(target), '--show_dataset_sample', '4']
     assert llm_infer.main(words) == 0
     assert len(answered(target)) == 4
     assert '4 of 30 rows are answered; --show_dataset_sample -1 answers all' in caplog.text
-    assert f'--result_path {target} exists and is replaced.' in caplog.text
+    assert f'--result_path {target} exists and will be replaced.' in caplog.text
     assert 'also the rows that the run was trained on' not in caplog.text
     assert llm_infer.main([*serve, '--dataset', str(data_file), '--show_dataset_sample', '1']) == 0
-    assert '--dataset: all its rows are answered, also the rows that the run was trained on' in caplog.text
+    assert '--dataset: the run was trained on one of these data sets, so trained rows may be answered' in caplog.text
 
 
 @pytest.mark.slow

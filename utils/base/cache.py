@@ -40,8 +40,8 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     """Return the cache folder `name`, which has the form `<kind>-<key>`. Makes the folder if it is absent or damaged.
 
     `make` writes the files to a temporary folder, which is then renamed. So no process sees an incomplete folder. If
-    all folders of the same kind together exceed $ASSAY_CACHE_GIB, the least recently used ones are removed. Raises
-    ConfigError if the cache cannot be written.
+    all folders of the same kind together then exceed $ASSAY_CACHE_GIB (default 20), the least recently used ones are
+    removed. Raises ConfigError if the cache cannot be written, or if $ASSAY_CACHE_GIB is not a number.
     """
     target = cache_dir() / name
     if _is_whole(target):

@@ -1,6 +1,7 @@
 """Writes, verifies and deletes checkpoint folders.
 
-A checkpoint is complete or absent. Its manifest.json holds the size and the sha256 of each file.
+A checkpoint is complete or absent. Its manifest.json holds the size and the sha256 of each file, except
+generation_config.json.
 This module imports only the standard library and other modules of utils/base.
 """
 
@@ -84,7 +85,10 @@ def seal(partial: Path, checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return why a checkpoint cannot be used, as text for a message. Returns None if all files match the manifest."""
+    """Return why a checkpoint cannot be used, as text for a message. Returns None if all its files are intact.
+
+    Files that manifest.json does not name are not checked.
+    """
     try:
         entries = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files'].items()
         files = {checkpoint / name: (entry['bytes'], entry['sha256']) for name, entry in entries}
@@ -115,8 +119,8 @@ def remove(folder: Path) -> None:
 def rotate(run_dir: Path, *, limit: int, best: str | None, keep_last: bool = True) -> None:
     """Delete the oldest checkpoints until `limit` remain. A limit of 0 or below keeps all checkpoints.
 
-    The best checkpoint is never deleted. The last checkpoint is deleted only if `keep_last` is False and there is a
-    best checkpoint.
+    The best checkpoint (`best` is its path) is never deleted, so more than `limit` may remain. The last checkpoint is
+    deleted only if `keep_last` is False and there is a best checkpoint.
     """
     found = all_checkpoints(run_dir)
     protected = {p for p in found if best is not None and p.resolve() == Path(best).resolve()}

@@ -63,7 +63,7 @@ def started_by_torchrun() -> bool:
 
 
 def is_main() -> bool:
-    """Return whether this process has rank 0. Only rank 0 writes files and logs."""
+    """Return whether this process has rank 0. Only rank 0 writes the files of a run. Other ranks log only errors."""
     return rank() == 0
 
 
@@ -97,7 +97,8 @@ def default_backend() -> str:
 def visible_gpus() -> int:
     """Return how many GPUs this process may use.
 
-    An environment variable such as CUDA_VISIBLE_DEVICES lists them. Without this variable, device files are counted.
+    An environment variable such as CUDA_VISIBLE_DEVICES lists them. Without this variable, device files are counted. If
+    the device files do not show the number (AMD GPUs, WSL and Windows), 1 is returned.
     """
     kind = visible_kind()
     if kind in ('cpu', 'mps'):
@@ -113,7 +114,8 @@ def visible_gpus() -> int:
 def own_gpus(gpus: int) -> range:
     """Return the indices of the GPUs that this process uses. `gpus` is the number of GPUs of the machine.
 
-    Every process of a machine gets the same number of GPUs. No two processes share a GPU.
+    Every process of a machine gets the same number of GPUs. No two processes share a GPU. If there are fewer GPUs than
+    processes, the range is empty.
     """
     share = gpus // local_world_size()
     return range(local_rank() * share, (local_rank() + 1) * share)

@@ -1,7 +1,7 @@
 """Scan a folder for content that must not leave the machine: tokens, private keys and pickles.
 
-Every byte is scanned. Archives, and archives inside archives, are unpacked. An archive that cannot be scanned is
-reported too.
+Every byte is scanned. Archives (zip, tar, gzip, bzip2, xz), and archives inside archives, are unpacked. Such an archive
+that cannot be scanned is reported too.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def hide_secrets(text: str, secrets: Mapping[str, str]) -> str:
 def scan_tree(folder: Path, secrets: Mapping[str, str]) -> list[str]:
     """Search all files of a folder for secrets and pickles. Return one line for each finding.
 
-    A line is `<file>: <what was found>`. It does not show the secret itself. `secrets` is a dict from a description of
-    each secret to its value, for example {'--hub_token': 'ms-...'}. Private keys and tokens of well-known services (for
-    example hf_...) are found even if `secrets` does not contain them.
+    A line is `<file>: <what was found>`. It does not show a secret, even if the name of the file contains it. `secrets`
+    is a dict from a description of each secret to its value, for example {'--hub_token': 'ms-...'}. Private keys and
+    tokens of well-known services (for example hf_...) are found even if `secrets` does not contain them.
     """
     scan = _Scan(secrets)
     for path in sorted(p for p in folder.rglob('*') if p.is_file()):
@@ -97,6 +97,7 @@ class _Scan:
     def __init__(self, secrets: Mapping[str, str]) -> None:
         self.found: list[str] = []
         self.unpacked = 0
+        self.secrets = secrets
         # (kind of finding, secret, one encoding of the secret)
         self.known = [
             (f'the value of {name}', secret, encoded)
@@ -111,7 +112,7 @@ class _Scan:
         ]
 
     def add(self, location: str, kind: str) -> None:
-        finding = f'{location}: {kind}'
+        finding = f'{hide_secrets(location, self.secrets)}: {kind}'  # the name of a file may contain a secret
         if finding not in self.found:
             self.found.append(finding)
 

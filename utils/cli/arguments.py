@@ -275,7 +275,8 @@ class SftArguments(CommonArguments):
     )
     only_save_model: bool | None = flag(
         None,
-        'checkpoints hold weights only and cannot be resumed; None: false for lora without DeepSpeed, else true',
+        'checkpoints hold weights only and cannot be resumed; None: false for lora without DeepSpeed and FSDP, else '
+        'true',
     )
     save_total_limit: int = flag(2, 'number of checkpoints to keep; 2: the best and the last one; -1: all')
     logging_steps: int = flag(5, 'steps between log lines')
@@ -286,7 +287,7 @@ class SftArguments(CommonArguments):
     dataloader_num_workers: int | None = flag(
         None,
         'number of processes that prepare batches; 0: the training process prepares them; None: 1 with a GPU, '
-        '0 without',
+        '0 on a CPU, on a Mac and with --streaming true',
     )
     push_to_hub: bool = flag(False, 'push to the model hub during training')
     hub_model_id: str | None = flag(None, 'repository to push to: repo or user/repo; None: <model_type>-<sft_type>')
@@ -326,7 +327,8 @@ class SftArguments(CommonArguments):
     )
     from_run: str | None = flag(
         None,
-        'run folder to repeat with its flags; flags typed now override them; data, weights and template must be equal',
+        'run folder to repeat with its flags; flags typed now override them; data, weights and template must be equal, '
+        'unless a flag typed now changes them',
     )
     verify: bool = flag(
         False,
@@ -419,9 +421,10 @@ class InferArguments(CommonArguments):
         return ([], self.val_dataset) if self.val_dataset else (self.dataset, [])
 
     def answers_whole_dataset(self, typed: Collection[str]) -> bool:
-        """Return whether every row of --dataset is answered.
+        """Return whether --dataset is answered as a whole, and not only the rows that a run would hold out.
 
-        This is so if --dataset was typed, and neither --dataset_test_ratio nor --val_dataset was typed.
+        This is so if --dataset was typed, and neither --dataset_test_ratio nor --val_dataset was typed. Of a data set
+        with a validation split, only this split is answered.
         """
         others = {'dataset_test_ratio', 'val_dataset'}
         return self.reads_data and 'dataset' in typed and not others & set(typed)

@@ -26,7 +26,8 @@ class ZeroConfig:
 def read_zero(path: str | Path) -> ZeroConfig:
     """Return the sharding and offloading settings of a DeepSpeed configuration file.
 
-    Raises ConfigError if the file holds no JSON object, or if its `zero_optimization` is not an object.
+    Raises ConfigError if the file holds no JSON object, if its `zero_optimization` is not an object, or if the stage is
+    not a number.
     """
     content = read_json(Path(path), remedy='Use --deepspeed_config_path ds_config/zero2.json, for example.')
     zero = content.get('zero_optimization', {})
@@ -35,8 +36,15 @@ def read_zero(path: str | Path) -> ZeroConfig:
             f'--deepspeed_config_path {path}: zero_optimization must be an object, got {zero!r}. Write for example '
             '"zero_optimization": {"stage": 2}.'
         )
+    try:
+        stage = int(zero.get('stage', 0))
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f'--deepspeed_config_path {path}: the stage of zero_optimization must be a number, got {zero["stage"]!r}. '
+            'Write for example "zero_optimization": {"stage": 2}.'
+        ) from None
     return ZeroConfig(
-        stage=int(zero.get('stage', 0)),
+        stage=stage,
         offloads_optimizer=_offloads(zero, 'offload_optimizer'),
         offloads_weights=_offloads(zero, 'offload_param'),
         content=content,
@@ -46,7 +54,7 @@ def read_zero(path: str | Path) -> ZeroConfig:
 def _offloads(zero: Mapping[str, Any], name: str) -> bool:
     """Return whether the section `name` of zero_optimization moves tensors from the GPU to a CPU or a disk."""
     settings = zero.get(name)
-    return isinstance(settings, dict) and settings.get('device', 'cpu') != 'none'
+    return isinstance(settings, dict) and settings.get('device', 'none') not in ('none', None)
 
 
 def shards_weights(args: SftArguments) -> bool:

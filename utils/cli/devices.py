@@ -12,7 +12,7 @@ from utils.cli.resolution import Resolution, run_name
 
 # The backends of torch.distributed that need a kind of device, and how the device is called.
 _BACKEND_DEVICES = {
-    'nccl': ('cuda', 'a GPU'),
+    'nccl': ('cuda', 'a GPU of NVIDIA or AMD'),
     'xccl': ('xpu', 'an Intel GPU'),
     'hccl': ('npu', 'an Ascend NPU'),
 }
@@ -21,7 +21,10 @@ _WITHOUT_BITSANDBYTES = ('mps', 'npu')
 
 
 def check_device(done: Resolution[Any]) -> None:
-    """Add a problem for each flag that needs a library that does not run on the device of this machine."""
+    """Add a problem if the flags or the model need flash-attn or bitsandbytes, and the device of this machine has none.
+
+    On a CPU, flash-attn is checked later, when the model is opened.
+    """
     args = done.args
     kind = dist.visible_kind()
     if args.use_flash_attn and kind not in ('cuda', 'cpu'):
@@ -44,7 +47,7 @@ def check_device(done: Resolution[Any]) -> None:
 
 
 def settle_training_device(done: Resolution[SftArguments]) -> None:
-    """Decide the flags of training that follow the device, and add a problem for each one that it does not support."""
+    """Set the flags of training that follow the device, and add a problem for each flag that it does not support."""
     _settle_backend(done)
     _settle_workers(done)
     _check_training_device(done.args, done.problems)
@@ -53,7 +56,10 @@ def settle_training_device(done: Resolution[SftArguments]) -> None:
 
 
 def _settle_backend(done: Resolution[SftArguments]) -> None:
-    """Set --ddp_backend if it was not typed. Add a problem if a typed backend needs a device that is missing."""
+    """With several processes, set --ddp_backend if it was not typed.
+
+    Add a problem if a typed backend needs a device that is missing.
+    """
     args = done.args
     kind = dist.visible_kind()
     backend = dist.default_backend()

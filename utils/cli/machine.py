@@ -83,7 +83,7 @@ def _settle(done: Resolution[Any]) -> None:
         for problem in check_sources(words, _started_in(args), val_words=val_words):
             problems.add(problem)
         if 'text_rows' in done.typed and not _text_files(args):
-            done.without_effect(('text_rows',), '--dataset names no .txt or .md file')
+            done.without_effect(('text_rows',), '--dataset and --val_dataset name no .txt or .md file')
 
     pushes = isinstance(args, SftArguments) and args.push_to_hub
     if model_is_here and not _reads_hub_data(done) and not pushes:
@@ -94,7 +94,8 @@ def _settle(done: Resolution[Any]) -> None:
         problems.add(f'--quantization_bit {args.quantization_bit} needs bitsandbytes: pip install bitsandbytes')
     if args.use_flash_attn and not has_package('flash_attn'):
         problems.add(
-            '--use_flash_attn true needs flash-attn and an NVIDIA GPU: pip install flash-attn --no-build-isolation'
+            '--use_flash_attn true needs flash-attn and a GPU of NVIDIA or AMD: pip install flash-attn '
+            '--no-build-isolation'
         )
 
 
@@ -123,7 +124,7 @@ def settle_infer(done: Resolution[InferArguments]) -> Ready[InferArguments]:
 
 
 def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: Path) -> None:
-    """Add a problem if a model folder cannot be used.
+    """Add problems if a model folder or GGUF file cannot be used with these flags.
 
     If the weights in the folder are quantised, `done.info` gets the kind of quantisation.
     """
@@ -152,7 +153,8 @@ def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: P
 def _settle_chat_template(done: Resolution[Any]) -> None:
     """Add a problem if --chat_template cannot be used, or if --template_settings names an unknown setting.
 
-    If the template is not on this machine yet, the settings are checked after the weights are downloaded.
+    Nothing is checked with a --template_type other than auto. If the template is not on this machine yet, the settings
+    are checked after the weights are downloaded.
     """
     args = done.args
     if args.template_type not in (AUTO, None):
@@ -200,7 +202,7 @@ def _needs_template(args: CommonArguments) -> bool:
 
 
 def _text_files(args: CommonArguments) -> list[Path]:
-    """Return the files of plain text that --dataset names. Words that name no files are skipped."""
+    """Return the files of plain text that --dataset and --val_dataset name. Words that name no files are skipped."""
     found: list[Path] = []
     for word in itertools.chain(*args.datasets_read()):
         try:
@@ -275,6 +277,7 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
 def check_environment(environment: Mapping[str, str], problems: Problems) -> None:
     """Add a problem for each environment variable with a secret-like name whose value is not UTF-8.
 
+    Values of fewer than 8 characters are not checked.
     After training, the run folder is searched for leaks of these values. The search needs UTF-8.
     """
     for variable, secret in find_secrets(environment, {}).items():  # e.g. 'the variable HF_TOKEN'

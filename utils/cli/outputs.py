@@ -23,20 +23,20 @@ def check_writable(flag: str, given: str, target: Path, problems: Problems) -> N
     try:
         existing = next(p for p in target.absolute().parents if p.exists())
         if not existing.is_dir():
-            problems.add(f'--{flag} {given} cannot be created: {existing} is a file. Give another folder.')
+            problems.add(f'--{flag} {given} cannot be created: {existing} is a file. Give another path.')
         elif not os.access(existing, os.W_OK | os.X_OK):
             problems.add(
-                f'--{flag} {given} cannot be written: you have no write permission for {existing}. Give another folder.'
+                f'--{flag} {given} cannot be written: you have no write permission for {existing}. Give another path.'
             )
         else:
             # Try it, because the permissions do not show a full quota or a file system without new folders (/proc).
             tempfile.TemporaryDirectory(prefix='.assay-', dir=existing).cleanup()
     except OSError as error:  # `exists` also raises OSError, if a name is too long
-        problems.add(f'--{flag} {given} cannot be created: {error.strerror}. Give another folder.')
+        problems.add(f'--{flag} {given} cannot be created: {error.strerror}. Give another path.')
 
 
 def check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem if the file of --write_clean exists, cannot be written, or would be read as data by --dataset."""
+    """Add a problem if the file of --write_clean exists, cannot be written, or would be data of the next run."""
     given = f'--write_clean {target}'
     sources = [source for word in itertools.chain(*args.datasets_read()) for source in _local_source(word)]
     if target.resolve() in [file.resolve() for source in sources for file in _files_of(source)]:
@@ -45,8 +45,8 @@ def check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> No
         problems.add(f'{given} exists already and is not replaced. Name a new file.')
     elif any(_will_name(source, target) for source in sources):
         problems.add(
-            f'{given}: --dataset names a folder or a pattern that includes this new file, so the next run would read '
-            'the rows twice, from the old files and from the new file. Name a file in another folder.'
+            f'{given}: --dataset or --val_dataset names a folder or a pattern that includes this new file, so the next '
+            'run would read the rows twice, from the old files and from the new file. Name a file in another folder.'
         )
     else:
         check_writable('write_clean', str(target), target, problems)
@@ -70,7 +70,7 @@ def _files_of(source: Source) -> list[Path]:
 
 
 def _will_name(source: Source, target: Path) -> bool:
-    """Return whether a folder or pattern of --dataset would include the file `target` if the file existed."""
+    """Return whether the folder or pattern of a data set would include the file `target` if the file existed."""
     assert source.path is not None, 'it is local'
     if source.path.is_dir():
         return target.absolute().parent.resolve() == source.path.resolve()
@@ -78,7 +78,7 @@ def _will_name(source: Source, target: Path) -> bool:
 
 
 def check_gguf(args: InferArguments, gguf: str, problems: Problems) -> None:
-    """Add a problem if the file of --gguf cannot be written, or if --llama_cpp has no converter."""
+    """Add a problem if the file of --gguf exists or cannot be written, or if --llama_cpp has no converter."""
     target = Path(gguf)
     if target.exists():
         problems.add(f'--gguf {gguf} exists already and is not replaced. Name a new file.')

@@ -13,7 +13,9 @@ _OFFLOADED = ('adamw_torch', 'adamw_torch_fused')
 
 
 def resolve_scale(done: Resolution[SftArguments]) -> None:
-    """Add a problem for each flag that cannot be combined with --fsdp. Sets --only_save_model if it was not typed.
+    """With --fsdp true, add a problem for each flag that does not fit, and set --only_save_model if it was not typed.
+
+    Without --fsdp, only adds a warning if --check_dataset makes --dry_run useless.
 
     Only the flags are checked here. cli/machine.py checks files, and cli/devices.py the device.
     """
@@ -102,13 +104,14 @@ def check_processes(done: Resolution[SftArguments]) -> None:
         if flag is not None:
             problems.add(
                 f'{flag} needs one GPU per process, but {gpus} GPUs are visible and {processes} processes were '
-                f'started. Use --nproc_per_node {gpus}, or list fewer GPUs in CUDA_VISIBLE_DEVICES.'
+                f'started. Use --nproc_per_node {gpus}, or show fewer GPUs to the command, e.g. with '
+                'CUDA_VISIBLE_DEVICES.'
             )
 
     if gpus and args.quantization_bit and args.ddp_backend == 'gloo' and dist.world_size() > 1:
         problems.add(
             f'--ddp_backend gloo with --quantization_bit {args.quantization_bit} on GPUs does not work: gloo cannot '
-            'all-reduce tensors of bitsandbytes. Remove --ddp_backend to use nccl.'
+            'all-reduce tensors of bitsandbytes. Remove --ddp_backend.'
         )
 
 

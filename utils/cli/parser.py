@@ -116,7 +116,7 @@ def _convert(name: str, words: Sequence[str], hint: Any) -> Any:
 
 
 def describe_default(f: dataclasses.Field[Any]) -> str:
-    """Return the default of a flag as the user would type it."""
+    """Return the default of a flag as the user would type it, or 'None'."""
     value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     if isinstance(value, list):
         return ','.join(value)
@@ -154,7 +154,7 @@ def _build_parser(cls: type, *, program: str, about: str) -> argparse.ArgumentPa
 def _report_unknown(words: Sequence[str], known: Sequence[str], *, ignore: bool, problems: Problems) -> None:
     """Add a problem for each unknown flag, and for each word that is neither a flag nor a value of a flag.
 
-    If `ignore` is True, log a warning instead of adding a problem.
+    Words after an unknown flag count as its values. If `ignore` is True, log a warning instead of adding a problem.
     """
     follows_unknown_flag = False
     for word in words:
@@ -219,7 +219,8 @@ def parse(
 
     A script can write its flags, then the word `--`, then the flags that its user typed. A flag after the `--` replaces
     the same flag before it. So --dataset after the `--` replaces the data sets before it. Without `--`, the values of
-    several --dataset flags are joined into one list.
+    several --dataset flags are joined into one list, as for each flag in ADDING_UP. Of any other flag, the last value
+    counts.
 
     `earlier` is the command line of an earlier run. A flag in `argv` replaces the same flag in `earlier`.
     --warmup_steps and --warmup_ratio also replace each other.

@@ -1,4 +1,4 @@
-"""Resolves the typed flags of llm_sft.py into its arguments: sets each argument that is None, and checks combinations.
+"""Resolves the typed flags of llm_sft.py into its arguments: sets missing values, and checks combinations.
 
 The reason for each automatic value is recorded. The functions read no file, use no network and import no heavy
 library. So a wrong command line fails within a second, and all its mistakes are reported together.
@@ -104,7 +104,10 @@ def _resolve_validation(done: Resolution[SftArguments]) -> None:
 
 
 def _resolve_mixture(done: Resolution[SftArguments], sources: Sequence[Source]) -> None:
-    """Check the shares of --dataset (name%0.3). If there are any, they decide the number of training rows."""
+    """Check the shares of --dataset. A data set with a share (name%0.3) gives this part of all training rows.
+
+    If there are shares, --train_dataset_sample is set to -1, unless it was typed or the data are streamed.
+    """
     shares = [source.share for source in sources if source.share is not None]
     others = ', '.join(source.name for source in sources if source.share is None)
     if not shares:

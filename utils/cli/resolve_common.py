@@ -55,7 +55,7 @@ def resolve_model(done: Resolution[Any]) -> None:
 
 
 def _check_template_name(done: Resolution[Any]) -> bool:
-    """Return whether --template_type is registered. Adds a problem if it is not."""
+    """Return whether --template_type is registered or not given. Otherwise, adds a problem."""
     name = done.args.template_type
     if name is None or name in TEMPLATE_MAPPING:
         return True
@@ -111,7 +111,11 @@ def check_template_flags(done: Resolution[Any]) -> None:
 
 
 def resolve_datasets(done: Resolution[Any]) -> list[Source]:
-    """Return the sources of --dataset. Adds a problem for each invalid word of --dataset and --val_dataset."""
+    """Return the sources of --dataset, in the typed order. Words that are not understood are left out.
+
+    Adds a problem for each invalid or repeated word of --dataset and --val_dataset, and for each invalid item of
+    --columns.
+    """
     words, val_words = done.args.datasets_read()
     sources = _parse_sources(done, 'dataset', words)
     val_sources = _parse_sources(done, 'val_dataset', val_words)

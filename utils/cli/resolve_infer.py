@@ -1,4 +1,4 @@
-"""Resolves the flags of llm_infer.py: sets each argument that is None, and checks combinations."""
+"""Resolves the flags of llm_infer.py: sets arguments that were not typed, and checks combinations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def resolve_infer(parsed: Parsed[InferArguments]) -> Resolution[InferArguments]:
     problems = done.problems
     if dist.world_size() > 1 and (args.check_server is not None or not args.reads_data):
         problems.add(
-            '--eval_human, --merge_lora_and_save, --export_native and --check_server run in one process. Start '
+            '--eval_human, --merge_lora_and_save, --gguf, --export_native and --check_server run in one process. Start '
             'the command with python, not torchrun.'
         )
     if args.show_dataset_sample == 0 or args.show_dataset_sample < -1:
@@ -97,7 +97,7 @@ def _resolve_server_check(done: Resolution[InferArguments]) -> None:
     if not args.reads_data:
         done.problems.add(
             '--check_server needs rows to answer, and this command answers no rows. Remove --eval_human, '
-            '--merge_lora_and_save and --export_native.'
+            '--merge_lora_and_save, --gguf and --export_native.'
         )
 
     why = 'greedy answers are compared'
@@ -149,9 +149,9 @@ def _resolve_answered(done: Resolution[InferArguments]) -> None:
     if 'show_dataset_sample' in done.typed:
         return
     if 'val_dataset' in done.typed:
-        done.decide('show_dataset_sample', -1, '--val_dataset is typed: all its rows are answered')
+        done.decide('show_dataset_sample', -1, '--val_dataset is typed: all rows taken from it are answered')
     elif args.answers_whole_dataset(done.typed):
-        done.decide('show_dataset_sample', -1, '--dataset is typed: all its rows are answered')
+        done.decide('show_dataset_sample', -1, '--dataset is typed: all rows taken from it are answered')
 
 
 def _merge_unquantised(done: Resolution[InferArguments]) -> None:

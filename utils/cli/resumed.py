@@ -41,7 +41,7 @@ def check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> No
         if intact:
             remedy = f'Use {intact[-1]}, which is intact.'
         else:
-            remedy = 'Remove --resume_from_checkpoint: the run has no other checkpoint.'
+            remedy = 'Remove --resume_from_checkpoint: the run has no other intact checkpoint.'
         problems.add(f'{given} cannot be used, because {problem}. {remedy}')
     elif not (checkpoint / OPTIMIZER_STATE).is_file():
         problems.add(

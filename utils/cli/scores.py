@@ -29,7 +29,7 @@ class OwnScore(NamedTuple):
 
 
 def own_score(word: str) -> OwnScore | None:
-    """Return the file and the function that a word of --score names. Returns None for a built-in score."""
+    """Return the file and the function that a word of --score names. Returns None for a word of another form."""
     file, colon, function = word.rpartition(':')
     return OwnScore(Path(file), function) if colon and file.endswith('.py') else None
 
@@ -48,7 +48,7 @@ def score_name(word: str) -> str:
 
 
 def check_scores(words: Sequence[str], problems: Problems, sets: Sequence[str] = ()) -> None:
-    """Add a problem for each word of --score that names no score, and for each score name that occurs twice.
+    """Add a problem for each word of --score that names no score, or whose name is taken by another logged value.
 
     `sets` has the names of the validation sets. Each validation set gets its own value of each score.
     """

@@ -55,7 +55,8 @@ def scores_of(flags: Mapping[str, Any]) -> list[str]:
 def curves_of_scores(flags: Mapping[str, Any]) -> dict[str, str]:
     """Return a dict from keys of the log history to titles of curves, for the scores of generated answers.
 
-    ROUGE and BLEU are left out, because every run has their curves. `flags` are the flags in the run's record.
+    Loss, accuracy, ROUGE and BLEU are left out, because their titles are fixed. `flags` are the flags in the run's
+    record.
     """
     keys = (f'eval_{score}' for score in scores_of(flags))
     return {key: f'validation {key.removeprefix("eval_")}' for key in keys if key not in _CURVES}

@@ -73,11 +73,14 @@ def open_run(
 ) -> Run:
     """Return a new run. Rank 0 creates the run folder with sft_args.json and lock.json.
 
+    With --verify true, the folder is a hidden one beside the run folders.
+
     `data` is the entry `data` of lock.json. `typed_now` has the names of the flags typed for this command, without the
     flags that --from_run adds.
 
-    If the run repeats or resumes an earlier run, warnings about differences are logged. Raises ConfigError if the data,
-    the weights or the optimizer differ from the earlier run.
+    If the run repeats or resumes an earlier run, or starts from an adapter, it is compared with the earlier run.
+    Warnings about differences are logged. Raises ConfigError for a difference that is not allowed, for example if data
+    files have changed. `check_repeated`, `check_resumed` and `find_lineage` say which differences these are.
     """
     args = done.args
     logged = len(done.warnings)
@@ -138,7 +141,7 @@ def in_progress(folder: Path) -> Iterator[None]:
 
 
 def log_decisions(done: Decided[Any]) -> None:
-    """Log each automatic decision with its reason, and each warning. Call this before anything is downloaded."""
+    """Log each automatic decision with its reason, and each warning."""
     for line in done.decisions:
         logger.info(line)
     for line in done.warnings:
@@ -189,14 +192,14 @@ def _new_run_dir(parent: Path) -> Path:
 def result_path(args: InferArguments) -> Path:
     """Return the path of the file for answers, and create its folder.
 
-    An existing file of --result_path is replaced, with a warning. Without --result_path, the file is infer_result.jsonl
-    (check_server.json with --check_server) in the checkpoint or under output/. If it exists, the new file name gets a
-    number.
+    If the file of --result_path exists, a warning says that it will be replaced. Without --result_path, the file is
+    infer_result.jsonl (check_server.json with --check_server) in the checkpoint, or in output/<model>/untuned. If this
+    file exists, the name of the new file gets a number.
     """
     if args.result_path is not None:
         path = Path(args.result_path)
         if path.exists():
-            logger.warning(f'--result_path {path} exists and is replaced.')
+            logger.warning(f'--result_path {path} exists and will be replaced.')
     else:
         path = _unused_result_path(args)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ _SKIPPED = 'it is skipped.'
 
 @dataclass(kw_only=True)
 class Found:
-    """The result of the search for a run to resume. If no run fits, the fields are None except `skipped`."""
+    """The result of the search for a run to resume. If no run can be resumed, only `skipped` is set."""
 
     # The checkpoint to resume from.
     checkpoint: str | None = None
@@ -43,7 +43,7 @@ class Found:
     complete: str | None = None
     # The folder of a run that fits and is being trained now.
     running: str | None = None
-    # One line for each newer run or checkpoint that cannot be used, with the reason.
+    # One line for each run or checkpoint that was searched before the found one, with the reason why it was skipped.
     skipped: list[str] = field(default_factory=list)
 
 
@@ -51,11 +51,13 @@ def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, 
     """Replace the value `last` of --resume_from_checkpoint by the path of a checkpoint, or by None.
 
     The checkpoint is the newest undamaged checkpoint of a run that fits this command. A run fits if it has the same
-    flags, data, weights and number of processes. The value is None if there is no such checkpoint.
+    flags, data, weights and number of processes. The value is None if there is no such checkpoint. If a checkpoint is
+    found, --adapter is set to None, because the checkpoint holds the adapter.
 
-    Returns True if the newest run that fits is complete, so that nothing is left to train. The main process searches,
-    and all processes get the same result. Raises ConfigError if another process trains this run now, or if a process
-    cannot read the checkpoint.
+    Returns True if nothing is left to train: the search found a complete run. Then the value stays `last`. The main
+    process searches, and all processes get the same result. Raises ConfigError if another process trains the run now,
+    or if a process does not have the folder of the checkpoint. If the value is not `last`, nothing is done, and False
+    is returned.
     """
     args = done.args
     if args.resume_from_checkpoint != LAST:
@@ -76,7 +78,7 @@ def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, 
         return True
 
     if found.checkpoint is None:
-        reason = f'no run in {_runs_folder(args)} fits this command: a new run starts'
+        reason = f'no run in {_runs_folder(args)} can be resumed: a new run starts'
     else:
         reason = 'it is the newest whole checkpoint of a run with the same flags, data and weights'
         _check_everywhere(Path(found.checkpoint))

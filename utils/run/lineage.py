@@ -45,9 +45,10 @@ _GIVE_ADAPTER = 'Give the checkpoint of a LoRA run: output/<model>/vN-<time>/che
 def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnings: list[str]) -> Parsed[SftArguments]:
     """Set the flags that the adapter of --adapter decides, unless they were typed. Returns the command line.
 
-    Adds a line to `decisions` for each flag that is set. If a typed flag does not fit the adapter, adds a problem to
-    `parsed.problems`. If the base model or the template is not that of the adapter, or cannot be checked, adds a line
-    to `warnings`.
+    Adds a line to `decisions` for the values that change. If the adapter cannot be used, or a typed flag such as
+    --lora_rank does not fit it, adds a problem to `parsed.problems`. If --system or a typed --template_type or
+    --freeze_vision differs from the run of the adapter, adds a line to `warnings`. If the adapter has no record of its
+    run, adds a line too.
 
     A command without --adapter may resume a run that began with --adapter. In this case, the flags of the command are
     set from the resumed checkpoint. Any other command without --adapter is returned unchanged.
@@ -71,10 +72,10 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
         )
 
     folder = Path(args.adapter)
-    if problem := _folder_problem(folder, args.from_run):
-        problems.add(f'{given} {problem}')
-        return parsed
     try:
+        if problem := _folder_problem(folder, args.from_run):
+            problems.add(f'{given} {problem}')
+            return parsed
         config = read_json(folder / ADAPTER_CONFIG, remedy=_GIVE_ADAPTER)
         record = find_record(folder)
     except ConfigError as error:
@@ -149,8 +150,9 @@ def adapter_flags(config: Mapping[str, Any]) -> dict[str, Any]:
 def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], decisions: list[str]) -> None:
     """Set the flags that describe an adapter (e.g. --lora_rank) to the values of the adapter, unless they were typed.
 
-    `config` is the content of adapter_config.json. Adds a line to `decisions` for each flag that is set, and a problem
-    for each typed flag with a different value. Typed names of layers are compared later, when the model is open.
+    `config` is the content of adapter_config.json. If this changes the value of a flag, adds a line to `decisions`. If
+    a typed flag has a different value, adds a problem. Typed names of layers are compared later, when the model is
+    open.
     """
     for name, value in adapter_flags(config).items():
         typed = getattr(parsed.args, name)
@@ -168,7 +170,10 @@ def _fill_shape(parsed: Parsed[SftArguments], config: Mapping[str, Any], decisio
 def _fill_model(
     parsed: Parsed[SftArguments], config: Mapping[str, Any], record: RunRecord | None, decisions: list[str]
 ) -> None:
-    """Set the model to the base model of the adapter, if no model is typed."""
+    """If no model is typed, set the model to the base model of the adapter.
+
+    Adds a problem if the adapter names no base model.
+    """
     names = ('model_type', 'model_id_or_path')
     if parsed.typed & set(names):
         return
@@ -191,10 +196,9 @@ def _fill_from_run(
 ) -> None:
     """Set --template_type and --freeze_vision to the values that the adapter was trained with, unless they were typed.
 
-    `record` is the record of the run that trained the adapter. Adds a line to `decisions` for each flag that is set.
-
-    If `warnings` is given, adds a line to it if one of the two flags was typed with a different value. Also adds a line
-    if the adapter was trained with a different --system.
+    `record` is the record of the run that trained the adapter. If this changes the value of a flag, adds a line to
+    `decisions`. If `warnings` is given, it gets a line if a typed flag has a different value, and a line if --system
+    differs.
     """
     args = parsed.args
     for name in _OF_RUN:
@@ -242,11 +246,14 @@ def _fill_from_checkpoint(parsed: Parsed[SftArguments], decisions: list[str]) ->
 def find_lineage(
     args: SftArguments, info: ModelInfo, base_model: Mapping[str, str], warnings: list[str]
 ) -> dict[str, Any] | None:
-    """Return a dictionary about the adapter from which a run starts. Returns None if the run starts with a new adapter.
+    """Return a dictionary about the adapter from which a run starts. Returns None if the run starts without --adapter.
 
-    The keys are path, sha256 (of the adapter's file), run (the name of its run folder, or None) and base ('checked' or
-    'not checked'). A resumed run has the dictionary of the earlier run. Raises ConfigError if the adapter was trained
-    on different base weights.
+    The keys are path, sha256 (of the file with the adapter's weights), run (the name of its run folder, or None) and
+    base. A resumed run has the dictionary of the earlier run.
+
+    Raises ConfigError if the adapter was trained on different base weights. If the adapter has no hash of its base
+    weights, only the names are compared: `warnings` gets a line if they differ, and `base` is 'not checked' instead of
+    'checked'.
     """
     if args.resume_from_checkpoint is not None:
         resumed = find_record(Path(args.resume_from_checkpoint))

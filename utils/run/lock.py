@@ -1,4 +1,4 @@
-"""Writes and reads lock.json: the command, data, weights and versions of a run. --from_run repeats the run from it."""
+"""Makes and reads lock.json: the command, data, weights and versions of a run. --from_run repeats the run from it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ def recorded(flags: Mapping[str, Any], name: str) -> Any:
 
 
 def typed_words(done: Ready[SftArguments], *without: str) -> list[str]:
-    """Return the typed flags and their values as words of a command line, except secrets and the flags in `without`."""
+    """Return the typed flags and their values as words of a command line.
+
+    The flags of the run in --from_run count as typed. --hub_token, --from_run, --verify and the flags in `without` are
+    left out.
+    """
     words: list[str] = []
     for name in flag_types(SftArguments):
         value = getattr(done.args, name)
@@ -89,7 +93,7 @@ def make_lock(
 
 
 def _machine() -> dict[str, Any]:
-    """Return the properties of the machine that can change rounding: processor, instruction set, threads and GPUs."""
+    """Return the properties of the machine that can change rounding: processor, instruction set, threads, CUDA GPUs."""
     import torch
 
     cuda = torch.cuda
@@ -116,7 +120,7 @@ def _sha256_of_score(word: str) -> str:
 
 
 def warn_of_other_scores(then: dict[str, Any], now: dict[str, Any], warnings: list[str]) -> None:
-    """Add a warning for each file of --score whose content differs between two runs.
+    """Add a warning for each function of --score that two runs have in common and whose file has changed.
 
     `then` and `now` are the contents of the two lock.json files.
     """
@@ -143,7 +147,8 @@ def repeat(parsed: Parsed[SftArguments], words: Sequence[str]) -> Parsed[SftArgu
     """Return the command line to run. With --from_run, it has the flags of that run, overridden by the flags typed now.
 
     `words` is the command line typed now, and `parsed` is its parsed form. Without --from_run, `parsed` is returned. If
-    lock.json cannot be read, a problem is added to `parsed`, and `parsed` is returned.
+    lock.json cannot be read, a problem is added to `parsed`, and `parsed` is returned. With --verify true, a typed
+    --max_steps does not override the flag of that run.
     """
     if parsed.args.from_run is None:
         return parsed
@@ -193,10 +198,10 @@ def steps_to_verify(parsed: Parsed[SftArguments]) -> int:
 
 
 def _with_kept_files(command: Sequence[str], run_dir: Path, parsed: Parsed[SftArguments]) -> list[str]:
-    """Return the command of a run, with the files of --chat_template and --new_tokens from its run folder.
+    """Return the command of a run. --chat_template and --new_tokens name the copies in its run folder, if it has them.
 
     The original files may have been moved or changed. The template in the run folder includes --template_settings. If a
-    different --template_type is typed now, the flags of the chat template are removed from the command.
+    --template_type other than auto is typed now, the flags that choose the template are removed from the command.
     """
     earlier = parse(SftArguments, command, program='llm_sft.py', about='')
     kept = list(command)
@@ -224,9 +229,11 @@ def _without(command: Sequence[str], *names: str) -> list[str]:
 def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: Collection[str]) -> None:
     """Compare `lock`, the lock.json content of this run, with lock.json of the run in --from_run, if there is one.
 
-    Raises ConfigError if data or weights differ. Adds a warning for each version that differs. Data are not compared if
-    a data flag is typed now. Weights are not compared if a model flag is typed now. With --verify true both are always
-    compared.
+    Raises ConfigError if the data, the base weights or the weights of --adapter differ. Adds a warning to `done` if a
+    version, the machine, the number of processes or a file of --score differs.
+
+    Data are not compared if a data flag is typed now. Base weights are not compared if a model flag is typed now, and
+    the adapter is not compared if --adapter is typed now. With --verify true, all of them are compared.
     """
     if done.args.from_run is None:
         return
@@ -234,23 +241,22 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
     if done.args.verify:
         typed_now = ()
 
+    def compare(what: str, then: dict[str, Any], now: dict[str, Any], *, flag: str, note: str = '') -> None:
+        remedy = '' if done.args.verify else f', or type {flag} to use the present ones'
+        _compare(problems, what, then, now, remedy=remedy, note=note)
+
     problems = Problems()
     if not {'model_type', 'model_id_or_path', 'model_revision'} & set(typed_now):
-        _compare(problems, 'the base weights', earlier['base_model'], lock['base_model'], remedy='--model_id_or_path')
+        compare('the base weights', earlier['base_model'], lock['base_model'], flag='--model_id_or_path')
     if 'adapter' not in typed_now:
-        _compare(
-            problems,
-            'the weights of the adapter',
-            earlier.get('adapter') or {},
-            lock.get('adapter') or {},
-            remedy='--adapter',
-        )
+        then = earlier.get('adapter') or {}
+        compare('the weights of the adapter', then, lock.get('adapter') or {}, flag='--adapter')
     if not set(DATA_FLAGS) & set(typed_now):
         for source in sorted({*earlier['data'], *lock['data']}):
             then = earlier['data'].get(source, {})
             now = lock['data'].get(source, {})
             note = _commit_then(source, then, now)
-            _compare(problems, f'the rows of {source}', then, now, remedy=f'--{_flag_of(then, now)}', note=note)
+            compare(f'the rows of {source}', then, now, flag=f'--{_flag_of(then, now)}', note=note)
     problems.raise_if_any()
 
     warn_of_other_scores(earlier, lock, done.warnings)
@@ -258,15 +264,15 @@ def check_repeated(done: Ready[SftArguments], lock: dict[str, Any], typed_now: C
     if earlier['processes'] != lock['processes']:
         done.warnings.append(
             f'{lock["processes"]} processes train, the repeated run had {earlier["processes"]}: '
-            'the total batch size differs.'
+            'the total batch size may differ.'
         )
 
 
 def changes_since(earlier: dict[str, Any], lock: dict[str, Any]) -> list[str]:
-    """Return a line for each version and each property of the machine that differs between two lock.json files.
+    """Return lines for the differences of two lock.json files: versions, properties of the machine, and this toolkit.
 
-    `earlier` is the lock.json of the original run, and `lock` that of the run that repeats it. A property that older
-    versions did not record is not compared.
+    `earlier` is the lock.json of the original run, and `lock` that of the run that repeats it. If `earlier` has no
+    entry for versions, machine or toolkit, this entry is not compared.
     """
     lines = []
     for part in ('versions', 'machine'):
@@ -296,6 +302,7 @@ def check_same_data(
     to answer all rows'.
 
     If the run folder has no lock.json, nothing can be compared, and [warning] is returned. Otherwise, [] is returned.
+    Raises ConfigError if lock.json is damaged.
     """
     file = checkpoint.absolute().parent / LOCK_JSON
     if not file.is_file():
@@ -344,7 +351,7 @@ def described(found: dict[str, Any]) -> str:
 
 
 def check_repeated_template(run_dir: Path, sha256: str) -> None:
-    """Raise ConfigError if the run in --from_run used a template with a different hash than `sha256`."""
+    """Raise ConfigError if the run in --from_run recorded a different hash of its template than `sha256`."""
     trained = read_lock(run_dir).get('template_sha256')
     if trained not in (None, sha256):
         raise ConfigError(
@@ -362,6 +369,5 @@ def _compare(
         counts = f', {then.get("rows", 0)} then and {now.get("rows", 0)} now' if has_rows else ''
         problems.add(
             f'--from_run: {what} have changed since that run (sha256 {str(then.get("sha256"))[:12]} then and '
-            f'{str(now.get("sha256"))[:12]} now{counts}). Restore the earlier ones, or type {remedy} to use the '
-            f'present ones.{note}'
+            f'{str(now.get("sha256"))[:12]} now{counts}). Restore the earlier ones{remedy}.{note}'
         )

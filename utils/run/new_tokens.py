@@ -24,8 +24,8 @@ def check_new_tokens(parsed: Parsed[SftArguments]) -> None:
 def find_new_tokens(args: SftArguments) -> list[str]:
     """Return the tokens that a run adds to the tokenizer of its base model, or an empty list.
 
-    A run that is resumed, or that starts from an adapter, has the tokens of the earlier run. Raises ConfigError if
-    --new_tokens names other tokens, or if a file cannot be read.
+    A run that is resumed, or that starts from an adapter, has the tokens of the earlier run. If this run names other
+    tokens with --new_tokens, raises ConfigError. Also raises ConfigError if a file cannot be read.
     """
     typed = None if args.new_tokens is None else read_tokens(Path(args.new_tokens))
     earlier = args.adapter if args.resume_from_checkpoint in (None, LAST) else args.resume_from_checkpoint

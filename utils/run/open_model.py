@@ -1,4 +1,4 @@
-"""Finds the base weights, and opens the model and its encoder. This is the first slow step of both programs."""
+"""Finds the base weights, and opens the model and its encoder, for both programs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 
 def find_weights(done: Ready[Any]) -> Weights:
-    """Return the location of the base weights on this machine, and log it. Missing weights are downloaded first."""
+    """Return the location of the base weights on this machine, and log it. Missing weights are downloaded first.
+
+    Raises ConfigError if --chat_template or --template_settings cannot be used with these weights.
+    """
     weights = locate(done.info, revision=done.args.model_revision, hub_name=done.args.hub)
     logger.info(f'base weights = {weights.path} because {weights.reason}')
     check_chat_template(done.args, weights.path)
@@ -61,9 +64,9 @@ def open_encoder(
     The tokenizer gets the chat template that the arguments name. `system_typed` says whether the user typed --system.
     With --template_type auto, only a typed --system is used.
 
-    If `model` is given, rows with token ids outside of the model's embedding are refused. If `cuts` is True, rows are
-    cut to --max_length. `new_ids` are the ids of new tokens (--new_tokens). Those that end a turn become special
-    tokens. `images` is given for a model that accepts images.
+    If `model` is given, rows with token ids outside of the model's embedding are refused. If `cuts` is False, rows may
+    be longer than --max_length. `new_ids` are the ids of new tokens (--new_tokens). Those that end a turn become
+    special tokens. `images` is given for a model that accepts images.
     """
     from utils.encode.make import make_encoder  # not before a model is open: --help does without it
 
@@ -90,7 +93,8 @@ def open_model(
 
     For full fine-tuning with a 16-bit dtype, the weights are in fp32, and autocast computes in the 16-bit dtype. With
     --full_weights bf16, the weights are in bf16. With DeepSpeed, the weights have the dtype of the computation, and
-    DeepSpeed itself keeps fp32 weights. `decide` is called for each setting that the command line leaves open.
+    DeepSpeed itself keeps fp32 weights. `decide` is called for the dtypes and for flash-attn if their flags are not
+    set. Raises ConfigError if a flag does not fit the weights or the device.
     """
     import torch
 
@@ -195,14 +199,14 @@ def _uses_flash_attention(args: CommonArguments, dtype: torch.dtype, decide: Dec
     fits = device.has_flash_attention() and dtype != torch.float32
     if args.use_flash_attn and not fits:
         raise ConfigError(
-            '--use_flash_attn true: it needs an NVIDIA GPU of compute capability 8 or more, and bf16 or fp16. '
+            '--use_flash_attn true: it needs a GPU (AMD, or NVIDIA of compute capability 8 or more), and bf16 or fp16. '
             'Leave --use_flash_attn out.'
         )
     if args.use_flash_attn is not None:
         return args.use_flash_attn
 
     if not fits:
-        reason = 'it needs an NVIDIA GPU of compute capability 8 or more and bf16 or fp16'
+        reason = 'it needs a GPU (AMD, or NVIDIA of compute capability 8 or more), and bf16 or fp16'
     elif has_package('flash_attn'):
         reason = 'it is installed and the GPU supports it'
     else:

@@ -34,8 +34,9 @@ _MMAP_MAX = -4
 def start_processes(backend: str, *, deepspeed: bool = False, deterministic: bool | None = None) -> None:
     """Prepare this process for training or inference: choose its GPUs, and silence warnings of libraries.
 
-    If torchrun started several processes, this process also joins the process group. `deterministic` is the argument of
-    torch.use_deterministic_algorithms. None leaves the setting of torch as it is.
+    If torchrun started several processes, this process also joins the process group, and exchanges tensors by
+    `backend`, a backend of torch.distributed. Raises ConfigError if there are more processes than GPUs. `deterministic`
+    is the argument of torch.use_deterministic_algorithms. None leaves the setting of torch as it is.
     """
     _set_up_memory_of_gpus()
     if deterministic:
@@ -126,7 +127,9 @@ def _log_device() -> None:
 
 
 def _set_up_memory_of_gpus() -> None:
-    """Make torch use expandable memory segments on NVIDIA GPUs. Must be called before torch starts CUDA.
+    """Make torch use expandable memory segments on GPUs of NVIDIA and AMD, on Linux.
+
+    Call this function before torch starts CUDA.
 
     Batches differ in length, so segments of fixed sizes would fragment the memory. If the environment already
     configures the allocator, nothing is changed.
@@ -138,7 +141,10 @@ def _set_up_memory_of_gpus() -> None:
 
 
 def _take_gpus(gpus: int) -> range:
-    """Make the first GPU of this process the current one, and return the indices of all its GPUs."""
+    """Make the first GPU of this process the current one, and return the indices of all its GPUs.
+
+    Raises ConfigError if there are more processes than GPUs.
+    """
     own = dist.own_gpus(gpus)
     if not own:
         raise ConfigError(

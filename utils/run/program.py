@@ -31,7 +31,8 @@ def run_program(work: Callable[[], int | None]) -> int:
     problem is logged. It is 128 + n if signal n ended the program (130 for Ctrl-C, 143 for SIGTERM).
 
     Any other error is raised if the run has only one process. If it has several processes, the process that failed logs
-    the error, and the exit code is 1.
+    the error, and the exit code is 1. With several processes, this function does not return after an error: it ends the
+    process with the exit code.
     """
     from utils.base.garbage import search_cycles_seldom
     from utils.base.logger import replace_unprintable, set_up_logging

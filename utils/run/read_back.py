@@ -51,7 +51,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Return the content of a run folder. Raises ConfigError if it is not a run folder, or if a file is damaged."""
+    """Return the content of a run folder. Raises ConfigError if it is no run folder, or if a JSON file is damaged."""
 
     def read(name: str, kind: type) -> Any:
         file = folder / name

@@ -49,7 +49,8 @@ class RunRecord:
     # The value of every argument that the run used, by flag name, without secrets. Records of older versions may lack
     # newer flags.
     flags: Mapping[str, Any] = field(default_factory=dict)
-    # Some flags get their value from the machine or the model. For each such flag, the value before this decision.
+    # Some flags are decided after the run was opened, from the machine, the model or the rows. For each of them, the
+    # value before this decision.
     asked: Mapping[str, Any] = field(default_factory=dict)
     system_typed: bool = False
     # The base weights, with the keys `id`, `source`, `sha256` and `covers`.
@@ -155,7 +156,10 @@ def read_run_record(run_dir: Path) -> RunRecord:
 
 
 def find_record(checkpoint: Path) -> RunRecord | None:
-    """Return the record in a checkpoint folder, else the record in its parent folder, else None."""
+    """Return the record in a checkpoint folder, else the record in its parent folder, else None.
+
+    Raises ConfigError if the sft_args.json that is found is damaged.
+    """
     for folder in (checkpoint, checkpoint.absolute().parent):
         if (folder / SFT_ARGS).is_file():
             return RunRecord.read(folder)
@@ -208,8 +212,8 @@ def fill_from_run(parsed: Parsed[InferArguments], trained: Trained, warnings: li
     must be typed.
 
     Adds a problem if a different base model was typed. If the checkpoint is an adapter, a local path may be typed,
-    because `check_base` compares the weights in it later. Adds a line to `warnings` for each other typed flag whose
-    value differs from that of the training run.
+    because `check_base` compares the weights in it later. Adds a line to `warnings` if another typed flag differs from
+    the training run. The flags of generation, --score, --seed and --hub may differ without a warning.
     """
     args = parsed.args
     record = trained.record
@@ -283,10 +287,13 @@ def _use_saved_template(parsed: Parsed[InferArguments], trained: Trained) -> Non
 
 
 def check_resumed(checkpoint: Path, record: RunRecord, data: dict[str, Any]) -> list[str]:
-    """Return a warning for each flag whose value differs from its value in the resumed run.
+    """Compare this run with the run that it resumes. Return a warning for each changed flag that decides the training.
 
-    `record` is the record of this run, and `data` is the entry `data` in the lock.json of this run. Raises ConfigError
-    if the base weights or the optimizer differ, or if the same data flags now give different rows.
+    `record` is the record of this run, and `data` is the entry `data` in the lock.json of this run. If the files of the
+    resumed run are missing, a warning says what cannot be compared.
+
+    Raises ConfigError if the base weights, the optimizer or the metric of the best checkpoint differ, or if the same
+    data flags now give different rows.
     """
     resumed = find_record(checkpoint)
     if resumed is None:
@@ -373,7 +380,10 @@ def _check_resumed_metric(then: Mapping[str, Any], now: Mapping[str, Any], probl
 
 
 def check_base(record: RunRecord, found: Mapping[str, str], problems: Problems) -> None:
-    """Add a problem if the base weights `found` differ from the base weights that the checkpoint was trained on."""
+    """Add a problem if the base weights `found` differ from the base weights that the checkpoint was trained on.
+
+    If the record does not name these weights, a warning is logged instead.
+    """
     trained = record.base_model
     if trained is None:
         logger.warning(
@@ -383,7 +393,7 @@ def check_base(record: RunRecord, found: Mapping[str, str], problems: Problems) 
         problems.add(
             f'the base weights differ: this checkpoint was trained on {trained["source"]} (sha256 '
             f'{trained["sha256"][:12]}), but {found["source"]} was found (sha256 {found["sha256"][:12]}). '
-            'An adapter is valid only for the weights it was trained on. Put those weights back.'
+            'Put back the weights that it was trained on.'
         )
 
 

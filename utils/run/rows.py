@@ -37,6 +37,7 @@ def rows_of(done: Ready[SftArguments]) -> Plan | Streams:
 
     For a Plan, all data are read once. Logs the decisions (rows not drawn, replies that carry loss, validation splits
     not used), and adds them to `done`. For a Plan, also logs the notes on rows as warnings, and adds them to `done`.
+    Raises ConfigError if --early_stop is set and there are no validation rows.
     """
     args = done.args
     rows = _opened(done)
@@ -100,8 +101,9 @@ def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
     """Return the entry `data` of lock.json for a streamed run.
 
     For example, {'a.jsonl': {'rows': 100, 'sha256': 'e3b0...'}}. The first max(1, `count`) rows of each data set of
-    --dataset are read. `rows` is the number of rows that were read. `sha256` is a hash of these rows. If --dataset
-    gives the data set a share (name%0.3), the hash covers the share too.
+    --dataset are read, or of its validation split. Rows that cannot be read do not count. `rows` is the number of rows
+    that were read. `sha256` is a hash of these rows. If --dataset gives the data set a share (name%0.3), the hash
+    covers the share too.
 
     The data sets of --val_dataset are not streamed, and their entries cover all their rows.
     """
@@ -116,7 +118,10 @@ def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
 
 
 def lock_of(rows: Plan | Streams, args: SftArguments) -> dict[str, dict[str, Any]]:
-    """Return the entry `data` of lock.json: for each data set, the number of rows and a hash of the rows."""
+    """Return the entry `data` of lock.json: for each data set, the number of rows and a hash of the rows.
+
+    With Streams, only the first rows of the data sets of --dataset are counted and hashed.
+    """
     return rows.lock() if isinstance(rows, Plan) else streams_lock(rows, args.stream_val_rows)
 
 
@@ -132,7 +137,8 @@ def held_out_rows(rows: Plan | Streams, stream_val_rows: int) -> dict[str, Row]:
 def keep_held_out(rows: Plan | Streams, run_dir: Path) -> None:
     """Write held_out.json, which says which rows are held out, so that llm_infer.py need not read all data.
 
-    Nothing is written for streams without --val_dataset, because such a stream always holds out its first rows.
+    Nothing is written for streams without --val_dataset: they always hold out the first rows, or those of the
+    validation split.
     """
     plan = rows if isinstance(rows, Plan) else rows.val
     if plan is not None and dist.is_main():
@@ -144,13 +150,14 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
 
     The rows are chosen by the first condition of this list that is true:
 
-    1. If --val_dataset is typed, or the training run had it: the rows of --val_dataset.
-    2. If --dataset is typed without --dataset_test_ratio: all rows of --dataset.
-    3. If the model was trained by a run: the validation rows that the run held out.
+    1. If --val_dataset is typed, or the training run had it and --dataset is not typed: the rows of --val_dataset.
+    2. If --dataset is typed without --dataset_test_ratio: all rows of --dataset. If a data set has a validation split,
+       only the rows of this split.
+    3. If the model was trained by a run with the same data flags: the validation rows that the run held out.
     4. Otherwise: the validation rows that a training run with these flags would hold out.
 
-    Raises ConfigError if the data have changed since the training run. In changed data, other rows would be drawn for
-    validation, and the model could have been trained on them.
+    In cases 1 and 3, raises ConfigError if the flags are those of the training run, but the data have changed since. In
+    changed data, other rows would be drawn for validation, and the model could have been trained on them.
     """
     args = done.args
     flags = trained.record.flags if trained is not None else {}
@@ -159,7 +166,7 @@ def rows_to_answer(done: Ready[InferArguments], trained: Trained | None) -> list
     if args.answers_whole_dataset(done.typed):
         if set(args.dataset) & set(flags.get('dataset', ())):
             done.warnings.append(
-                '--dataset: all its rows are answered, also the rows that the run was trained on. '
+                '--dataset: the run was trained on one of these data sets, so trained rows may be answered. '
                 'Leave --dataset out to answer only the rows that the run held out.'
             )
         reading = replace(reading_of(args), complete='columns' in done.typed)
@@ -190,8 +197,8 @@ def _log(lines: Sequence[str]) -> None:
 def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: Sequence[str]) -> list[Row]:
     """Return the rows of the data sets of --val_dataset. The data sets of --dataset are not read.
 
-    `words` are the values of --val_dataset. If the training run had the same data sets of --val_dataset, and their rows
-    have changed since the training run, raises ConfigError.
+    `words` are the values of --val_dataset. Raises ConfigError if the training run had the same --val_dataset and
+    --dataset_seed, and the rows have changed since.
     """
     args = done.args
     flags = trained.record.flags if trained is not None else {}
@@ -222,7 +229,8 @@ def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: S
 def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading, hub: HubName) -> list[Row] | None:
     """Return the rows that held_out.json names.
 
-    Returns None if the run has no held_out.json, which older versions did not write, or if the data files have changed.
+    Returns None if the run has no held_out.json (older versions did not write it), or if the data files alone do not
+    give these rows: `read_held_out` says when.
     """
     file = run_dir / HELD_OUT_JSON
     if not file.is_file():
@@ -239,7 +247,9 @@ def _all_rows(args: InferArguments, reading: Reading) -> list[Row]:
     chosen = [part for part in plan.parts if part.name + VALIDATION not in names]
     for part in chosen:
         what = 'its validation split' if part.is_val else 'the whole data set'
-        logger.info(f'{part.name}: {len(part.uses) - part.uses.count(UNUSED)} rows of {what} are answered')
+        logger.info(
+            f'{part.name}: the rows to answer are from {what} ({len(part.uses) - part.uses.count(UNUSED)} rows)'
+        )
     for line in plan.left_out.lines('left out'):
         logger.warning(line)
 
