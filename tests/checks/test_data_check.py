@@ -372,3 +372,19 @@ def test_mojibake_is_told_from_words_of_other_languages() -> None:
 def test_the_doctor_imports_no_torch_of_its_own(tokenizer_dir: Path, tmp_path: Path) -> None:
     code = "import sys, utils.checks.dataset; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_rows_beside_a_row_that_ends_the_run_are_counted_once(tokenizer_dir: Path, tmp_path: Path) -> None:
+    rows = [
+        {'query': 'a', 'response': 'b'},
+        {'query': 'c', 'response': 'd', 'images': ['x.png']},
+        {'query': 'e', 'response': 'f'},
+        {'query': 'g', 'response': 'h', 'history': [['i', 'j']]},
+    ]
+    file = write_jsonl(tmp_path / 'a.jsonl', rows)
+    flags = ['--dataset_test_ratio', '0', '--train_dataset_sample', '-1', '--template_type', 'default-generation']
+    asked = ['--check_dataset', 'true', '--model_id_or_path', str(tokenizer_dir), '--output_dir', str(tmp_path)]
+    assert llm_sft.main([*asked, *flags, '--dataset', str(file)]) == 1
+    report = json.loads((tmp_path / tokenizer_dir.name / 'dataset_report.json').read_text('utf-8'))
+    assert report['rows']['left_out'] == 2
+    assert sum(report['lengths']['rows_up_to'].values()) == 2

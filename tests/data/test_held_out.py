@@ -96,6 +96,10 @@ def test_registered_sets_and_rows_with_images_are_planned(tmp_path: Path) -> Non
     assert kept(plan)[words[0]] == {'files_sha256': None, 'rows': held_out(plan)[words[0]]['rows']}
     assert read_held_out(kept(plan), words) is None
 
+    rows = [{'query': f'<img>{picture}</img>what is {i}?', 'response': 'a picture'} for i in range(4)]
+    words = [str(write_jsonl(tmp_path / 'tagged.jsonl', rows))]
+    assert kept(plan_rows(words, test_ratio=0.3))[words[0]]['files_sha256'] is None
+
 
 def test_only_wanted_rows_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = one_file(tmp_path)

@@ -64,6 +64,7 @@ WORDS = {
     'rows/%.25': ('rows/', None, Fraction(1, 4)),
     'sql-demo%0.5': ('sql-demo', None, Fraction(1, 2)),
     '50%.jsonl': ('50%.jsonl', None, None),
+    '50%.txt': ('50%.txt', None, None),
     '50%0.5.jsonl': ('50%0.5.jsonl', None, None),
     '50%.jsonl#7': ('50%.jsonl', 7, None),
     '50%.jsonl%0.5': ('50%.jsonl', None, Fraction(1, 2)),
@@ -325,7 +326,7 @@ def test_a_stream_keeps_the_shares_and_each_source_has_its_own_passes(
         assert abs(sum(name[0] == 'a' for name in order[:step]) - step / 4) < 1
     assert [name for name in order if name[0] == 'a'] == [f'a{i % 3}' for i in range(25)]
     assert [name for name in order if name[0] == 'b'] == [f'b{i}' for i in range(75)]
-    assert caplog.text.count(f'{tmp_path}/a.jsonl: all 3 rows are read. They are now read again.') == 1
+    assert caplog.text.count(f'{tmp_path}/a.jsonl: all 3 training rows are read. They are now read again.') == 1
     account = streamed.summary()['account']['fields']['user text']
     # Rows are encoded in batches of 64. In the first 128 rows, 3 rows of a and 96 rows of b are new.
     assert account == {'context': 3 * 2 + sum(len(f'b{i}') for i in range(96))}

@@ -188,6 +188,24 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ('row', 'said'),
+    [
+        ({'title': 'a', 'body': 'b'}, 'mine: row 1: unknown columns title, body. Supported: query/response'),
+        (
+            {'question': 'a', 'answer': 'b', 'response': 'c'},
+            'mine: row 1: the columns fit more than one shape of rows: question/answer, question/response. Return only',
+        ),
+    ],
+)
+def test_columns_of_a_function_are_not_renamed_by_a_flag(row: dict[str, str], said: str, register: Register) -> None:
+    register(lambda: [row])
+    with pytest.raises(ConfigError) as caught:
+        plan_rows(['mine'])
+    assert str(caught.value).startswith(said) and '--columns' not in str(caught.value)
+    assert str(caught.value).endswith('from the function in utils/dataset.py.')
+
+
 @pytest.mark.parametrize('kind', REFUSED)
 def test_what_is_not_rows_is_one_message(kind: str, register: Register) -> None:
     function, said = REFUSED[kind]

@@ -150,6 +150,14 @@ def test_rows_left_out_of_a_validation_part_are_counted(run_sft: Run, monkeypatc
     assert told['account']['unused'] == {'column `note`': 1}
 
 
+def test_rows_are_counted_before_the_first_pass_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, 'SHUFFLE_ROWS', 1)
+    streamed = make([numbered(tmp_path / 'a.jsonl', 500)], val_rows=2)
+    names(iter(streamed), 3)
+    read = streamed.summary()['train']['rows_read']
+    assert 3 <= read < 498
+
+
 def test_a_stream_without_training_rows_ends_with_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='no training row is left'):
         next(iter(make([numbered(tmp_path / 'a.jsonl', 5)], val_rows=5)))

@@ -221,7 +221,11 @@ def test_what_names_no_data_is_answered_before_anything_is_read(tmp_path: Path) 
 
 def test_what_is_not_offered_is_said_with_what_to_do(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / 'pipe.jsonl')
+    write(tmp_path / 'rows')
     words = {
+        str(
+            tmp_path / 'rows'
+        ): 'rows is not a .json, .jsonl, .csv, .tsv, .txt, .md (each also .gz) or .parquet file. Give',
         str(tmp_path / 'pipe.jsonl'): 'pipe.jsonl is a pipe or a device, which can be read only once. Write its',
         'https://example.org/a.jsonl?x=1': 'this is a URL, and rows are not fetched from the web. Download the file',
     }

@@ -363,7 +363,7 @@ def test_an_id_that_is_gone_is_followed_by_the_next_and_by_the_mirror(
         ('modelscope:wyj123456/firefly@master', 'modelscope:AI-ModelScope/firefly-train-1.1M@master'),
         ('modelscope:AI-ModelScope/firefly-train-1.1M@master', 'huggingface:YeungNLP/firefly-train-1.1M@master'),
     ):
-        assert f'dataset {gone} is gone (404): trying {tried}' in caplog.text
+        assert f'dataset {gone} is not found (404): trying {tried}' in caplog.text
 
 
 def test_the_chosen_hub_comes_first(loopback: LoopbackHub) -> None:

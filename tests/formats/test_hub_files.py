@@ -374,6 +374,12 @@ def test_a_file_that_two_words_read_is_refused(loopback: LoopbackHub) -> None:
         assert '.jsonl, so its rows would be used twice. Remove one of the two, or name other subs' in str(caught.value)
         with pytest.raises(ConfigError, match='both read'):
             open_streams(['owner/name', other], hub='modelscope')
+    with pytest.raises(
+        ConfigError, match="^--val_dataset: 'owner/name .validation.' and 'owner/name:validation' both read"
+    ):
+        plan_rows(['sql-demo'], val_words=['owner/name', 'owner/name:validation'])
+    with pytest.raises(ConfigError, match="^--val_dataset 'owner/name:gone': "):
+        plan_rows(['sql-demo'], val_words=['owner/name:gone'])
     assert len(get_dataset(['owner/name', 'owner/name:test'], test_ratio=0.0).train) == 8
 
 

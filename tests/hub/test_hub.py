@@ -66,7 +66,7 @@ def test_a_model_that_is_gone_comes_from_the_other_hub_but_never_under_another_i
     loopback.add('model', 'meta-llama/Llama-2-7b-hf', FILES)
     weights = locate(get_model_info('llama2-7b'), revision='master')
     assert weights.served == 'huggingface:meta-llama/Llama-2-7b-hf@master'
-    assert 'modelscope:modelscope/Llama-2-7b-ms@master is gone (404): trying huggingface:' in caplog.text
+    assert 'modelscope:modelscope/Llama-2-7b-ms@master is not found (404): trying huggingface:' in caplog.text
     own = get_model_info('llama2-7b', 'someone/Llama-2-7b-hf')
     with pytest.raises(
         ConfigError, match=r'modelscope:someone/Llama-2-7b-hf@master: not found \(404\)\. It does not exist, or it is'
@@ -147,6 +147,18 @@ def test_a_revision_that_is_gone(hub_name: HubName, loopback: LoopbackHub) -> No
     loopback.add('model', 'owner/name', FILES)
     with pytest.raises(ConfigError, match=f'{hub_name}:owner/name@v9: not found'):
         hub.find([Repo(hub=hub_name, id='owner/name', revision='v9')], 'model')
+
+
+def test_the_hub_that_cannot_be_reached_is_named(
+    loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loopback.add('dataset', 'owner/name', FILES)
+    folder, _ = fetched('huggingface', kind='dataset')
+    monkeypatch.setenv('MODELSCOPE_ENDPOINT', 'http://127.0.0.1:9')
+    monkeypatch.setattr('modelscope_hub._legacy_api.REPO_TREE_PAGE_MAX_ATTEMPTS', 1)
+    repos = [Repo(hub=name, id='owner/name') for name in HUBS]
+    assert hub.find(repos, 'dataset').repo.hub == 'huggingface'
+    assert 'modelscope cannot be reached (' in caplog.text and f'is taken from {folder}' in caplog.text
 
 
 @pytest.mark.parametrize('hub_name', HUBS)

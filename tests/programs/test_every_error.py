@@ -306,7 +306,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'a stream that is held out': (
         lambda w: w.sft('--streaming', 'true', '--stream_val_rows', '100'),
-        'All rows are skipped or held out for validation. Lower --stream_val_rows,',
+        'All rows read so far are skipped or held out for validation. Lower --stream_val_rows,',
     ),
     'bitsandbytes is not there': (
         lambda w: (w.lacks('bitsandbytes'), w.sft('--optim', 'adamw_8bit'))[1],

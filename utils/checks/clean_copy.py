@@ -1,4 +1,4 @@
-"""The cleaned copy of the data (--write_clean): the rows that a run can train on, without repeated rows."""
+"""The cleaned copy of the data (--write_clean): the rows of --dataset that a run can use, without repeated rows."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ OF_VALIDATION = 'row of a validation set'
 
 
 class CleanCopy:
-    """Writes rows to a new file of JSON lines. The file is complete or absent.
+    """Writes rows to a new file of JSON lines. The file is complete or absent. It is absent if no row was written.
 
     A conversation is written in the column `messages`, plain text in the column `text`.
 
-    The rows are written to a temporary file in the same folder, which `finish` renames.
+    The rows are written to a temporary file in the same folder, which `finish` renames. If the name ends in .gz, the
+    file is compressed. Each method raises ConfigError if the file cannot be written.
     """
 
     def __init__(self, path: Path, *, marks_loss: bool, sees_images: bool = False) -> None:
-        """Open the temporary file.
+        """Open the temporary file. Its folder is created if it does not exist.
 
         With `marks_loss`, replies without loss get `"loss": false`. `sees_images` says whether the model accepts
         images. If it is False, the bytes of images are not written.
@@ -107,7 +108,7 @@ class CleanCopy:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """A context that turns an OSError into a ConfigError that names the file."""
+    """A context that turns an OSError into a ConfigError that names the file `path`."""
     try:
         yield
     except OSError as error:

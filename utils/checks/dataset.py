@@ -1,6 +1,6 @@
-"""The data check (--check_dataset true): finds all problems in the data of a run. It loads no weights.
+"""The data check (--check_dataset true): finds problems in the data of a run, without running the model.
 
-Memory use does not grow with the size of the data.
+Memory does not hold the rows, only a few bytes for each row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from utils.data.parts import TRAIN, UNUSED, VAL, ReadRow, row_notes
 from utils.data.plan import Plan
 from utils.data.tally import Tally
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
-from utils.encode.encoded import CONTROL_TOKENS, CUTS, DROPPED, REFUSED, SPLIT, Encoded
+from utils.encode.encoded import CONTROL_TOKENS, CUTS, DROPPED, REFUSED, SPLIT, Encoded, RowRefused
 from utils.encode.encoder import Encoder, cut_row
 from utils.formats.conversation import BadRow, Filtered, Message, Row
 from utils.formats.images import replace_tags
@@ -65,7 +65,10 @@ _MAY_FOLLOW = {'': ('user',), 'user': ('assistant',), 'assistant': ('user', 'too
 
 
 class Findings(Tally):
-    """Counts rows by reason, and writes the reason and the location of each row to a file of JSON lines."""
+    """Counts rows by reason, and writes the reason and the location of each row to a file of JSON lines.
+
+    A row that has the same problem in two columns is counted and written twice.
+    """
 
     def __init__(self, kind: str, stream: TextIO, skip: Sequence[str] = ()) -> None:
         """Set up an empty tally. Rows with a reason in `skip` are neither counted nor written.
@@ -80,8 +83,8 @@ class Findings(Tally):
     def add(self, reason: str, place: str, column: str = '', of: str = '') -> None:
         """Count one row, and write its location and `column` to the file of findings.
 
-        `column` is the column with the problem, or '' for the whole row. If an earlier row has the same content, `of`
-        is the location of the earlier row.
+        `column` is the column with the problem, or '' for the whole row. If another row has the same content or the
+        same prompt, `of` is the location of the other row.
         """
         if reason in self.skip:
             return
@@ -171,7 +174,7 @@ class DataCheck:
 
         `seen` stores the rows that were examined. `positions` is the maximum number of tokens per row in the model's
         config.json, or None if the config has no such number. `copy` is the file of --write_clean. It gets the
-        rows that can be trained on, except rows of validation splits and repeated rows.
+        rows that can be trained on, except rows that are not drawn, rows of validation sets, and repeated rows.
         """
         self.encoder = encoder
         self.copy = copy
@@ -197,8 +200,8 @@ class DataCheck:
 
         Rows with the use TRAIN or VAL are also encoded. A BadRow, which cannot be trained on, is only counted.
 
-        `is_val` says whether the rows are from a validation split of the data. Such rows are not written to the file of
-        --write_clean.
+        `is_val` says whether the rows are from a validation split or from --val_dataset. Such rows are not written to
+        the file of --write_clean.
         """
         encoded: list[Row] = []
         # {id(row): the reason why the row is not written to the file of --write_clean}
@@ -289,35 +292,42 @@ class DataCheck:
         `columns` is {location of a row: column of its reply}. If the rows cannot be encoded together, each half is
         encoded separately. This is repeated until the row with the problem is alone.
         """
+        try:
+            encoded = self.encoder.encode(rows)
+        except (ConfigError, RowRefused) as error:
+            if len(rows) > 1:
+                middle = len(rows) // 2
+                return [*self._measure(rows[:middle], columns), *self._measure(rows[middle:], columns)]
+            self._refuse(rows[0], error, columns[rows[0].origin])
+            return []
+
         report = EncodingReport(left_out=self.left_out, noted=self.noted, account=self.account)
         again = EncodedAgain(self.encoder)
         measured: list[Row] = []
-        try:
-            for row, ids in encode_batch(self.encoder, rows, report):
-                cut = self.lengths.add(ids)
-                length = len(cut.input_ids)
-                if 0 < self.lengths.max_length < length:
-                    if not self._keeps_long(cut, row, columns[row.origin]):
-                        self.account.skip(row.written, LEFT_OUT)
-                        continue
-                    length = self.lengths.max_length  # of the longest piece
-                self.account.add(row, cut, again)
-                if self.positions is not None and length > self.positions:
-                    self.noted.add(PAST_POSITIONS.format(self.positions), row.origin, columns[row.origin])
-                for note in set(CUTS).intersection(cut.notes):
-                    self.defects.add(note, row.origin, columns[row.origin])
-                measured.append(row)
-        except ConfigError as error:
-            if len(rows) == 1:
-                row = rows[0]
-                reason = str(error).replace(row.origin, '').lstrip(': ')
-                self.left_out.add(reason, row.origin, columns[row.origin])
-                self.account.skip(row.written, LEFT_OUT)
-                return []
-
-            middle = len(rows) // 2
-            return [*self._measure(rows[:middle], columns), *self._measure(rows[middle:], columns)]
+        for row, ids in encode_batch(self.encoder, rows, report, lambda: encoded):
+            cut = self.lengths.add(ids)
+            length = len(cut.input_ids)
+            if 0 < self.lengths.max_length < length:
+                if not self._keeps_long(cut, row, columns[row.origin]):
+                    self.account.skip(row.written, LEFT_OUT)
+                    continue
+                length = self.lengths.max_length  # of the longest piece
+            self.account.add(row, cut, again)
+            if self.positions is not None and length > self.positions:
+                self.noted.add(PAST_POSITIONS.format(self.positions), row.origin, columns[row.origin])
+            for note in set(CUTS).intersection(cut.notes):
+                self.defects.add(note, row.origin, columns[row.origin])
+            measured.append(row)
         return measured
+
+    def _refuse(self, row: Row, error: ConfigError | RowRefused, column: str) -> None:
+        """Count a row that cannot be encoded because of `error`. `column` is the column of its reply."""
+        if isinstance(error, RowRefused):
+            detail = f' [{error.detail}]' if error.detail else ''
+            self.left_out.add(error.reason, row.origin + detail)
+        else:
+            self.left_out.add(str(error).replace(row.origin, '').lstrip(': '), row.origin, column)
+        self.account.skip(row.written, LEFT_OUT)
 
     def _keeps_long(self, ids: Encoded, row: Row, column: str) -> bool:
         """Count a row that is longer than --max_length as split, dropped or refused.
@@ -377,7 +387,10 @@ def _by_reason(findings: Findings) -> dict[str, dict[str, Any]]:
 
 
 def check_dataset(done: Ready[SftArguments]) -> int:
-    """Read the data that the run would read, and print its problems. Returns 0 if there are no problems, else 1.
+    """Read the data that the run would read, and print its problems.
+
+    Returns 1 if a row would be skipped or is suspect, or if no row can be trained on, else 0. Rows that an entry of
+    DATASET_MAPPING skips on purpose do not count, and neither do notes.
 
     Writes <output_dir>/<model>/dataset_report.json, and each finding as one line of dataset_report.jsonl.
     """

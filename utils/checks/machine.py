@@ -1,4 +1,4 @@
-"""The machine check (--doctor true): try everything that training needs, and name a remedy for each failure."""
+"""The machine check (--doctor true): tries what training needs of a machine, and names remedies for failures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ENOUGH_GIB = 10
 class Finding(NamedTuple):
     """The result of one check: its name, whether it succeeded, what was observed, and the remedy.
 
-    `works` is None for a problem that does not prevent training.
+    `works` is None for a note, which does not prevent training. `remedy` is '' if none is known or needed.
     """
 
     name: str
@@ -46,7 +46,10 @@ class Finding(NamedTuple):
 
 
 def check_machine(parsed: Parsed[SftArguments]) -> int:
-    """Run all checks and print each finding. Returns 1 if something that training needs does not work, else 0."""
+    """Run all checks and print each finding. Returns 1 if a check failed, else 0.
+
+    Raises ConfigError if the command line has problems.
+    """
     parsed.problems.raise_if_any()
     failed = 0
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
@@ -108,9 +111,9 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _device() -> Iterator[Finding]:
-    """Yield one finding for each device, and one for each dtype.
+    """Yield one or more findings for each device, or one finding that there is none, and one finding for each dtype.
 
-    The finding for a dtype says whether a matrix product and its gradient are correct.
+    The finding for a dtype says whether a matrix product and its gradient are correct on the first device.
     """
     import torch
 
@@ -148,7 +151,10 @@ def _device() -> Iterator[Finding]:
 
 
 def _nvidia(count: int) -> Iterator[Finding]:
-    """Yield findings about NVIDIA GPUs: whether torch has kernels for them, and which attention kernel is used."""
+    """Yield a finding for each NVIDIA GPU: that torch has no kernels for it, or which attention kernel is used.
+
+    Yields nothing for AMD GPUs.
+    """
     import torch
 
     from utils.fast.attention import kernel_for, trial_error
@@ -217,7 +223,7 @@ def _no_device() -> Finding:
 
 
 def _bitsandbytes() -> Iterator[Finding]:
-    """Yield a finding that says whether a 4-bit layer computes correctly.
+    """Yield a finding that says whether a 4-bit layer computes correctly, or that this device does not support it.
 
     Yields nothing if bitsandbytes is not installed.
     """
@@ -247,7 +253,7 @@ def _bitsandbytes() -> Iterator[Finding]:
 def _all_reduce() -> Iterator[Finding]:
     """Yield a finding that says whether an all-reduce of two processes works.
 
-    It uses the backend that training on this machine would use.
+    With several devices, it uses the backend that training on this machine would use. Otherwise, it uses gloo.
     """
     backend = dist.default_backend() if device.count() > 1 else 'gloo'
     with socket.socket() as free:
@@ -287,7 +293,10 @@ def _all_reduce() -> Iterator[Finding]:
 
 
 def _disk(output_dir: Path) -> Iterator[Finding]:
-    """Yield a finding that says whether a file can be written in --output_dir, and how much space is free there."""
+    """Yield a finding that says whether a file can be written in --output_dir, and how much space is free there.
+
+    If --output_dir does not exist, the nearest folder above it that exists is tried.
+    """
     existing = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.is_dir())
     gib = shutil.disk_usage(existing).free / 2**30
     try:

@@ -43,7 +43,11 @@ class Seen:
         """Return the stored row with the same content as a new row. If there is none, store the new row.
 
         `content` is the content of the new row as text, and `row` describes the new row. Returns None if the new row
-        was stored. If a row was stored already and `row.can_copy` is True, `can_copy` of the stored row becomes True.
+        was stored.
+
+        If a row was stored already, it is returned as it was before this call. Then its place and use are replaced if
+        the use of the new row comes first in the order of the class. If `row.can_copy` is True, the stored `can_copy`
+        becomes True.
         """
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)

@@ -26,7 +26,7 @@ NOT_FOR_THE_MODEL = _ON_CPU | _PLAN
 class Collator:
     """Makes a batch from rows or from packs. A pack is a list of rows that together have at most max_length tokens.
 
-    With `pads`, rows are padded on the right to the length of the longest row. Without `pads`, rows are concatenated.
+    If `pads` is True, rows are padded on the right to the length of the longest row. Otherwise, rows are concatenated.
     """
 
     def __init__(self, pad_token_id: int, images: Images | None = None, *, pads: bool = True) -> None:
@@ -38,8 +38,9 @@ class Collator:
         """Return the tensors of one batch of B rows.
 
         Every batch contains row_lengths and prompt_lengths (numbers of tokens), and rows (the indices of the rows in
-        their data set), each (B,).
-        A padded batch also contains input_ids, labels and attention_mask, each (B, T), and the model's image inputs.
+        their data set, -1 for a filler), each (B,).
+        A padded batch also contains input_ids, labels and attention_mask, each (B, T), and the image inputs of a model
+        that accepts images.
         A concatenated batch also contains input_ids, labels and position_ids, each (1, sum of T). The position_ids of
         each row start at 0.
         Every batch also contains the tensors that the docstring of `with_plan` lists.
@@ -137,7 +138,7 @@ def refill(batches: list[dict[str, torch.Tensor]], capacity: int) -> list[dict[s
 
 
 def take_rows(batch: dict[str, torch.Tensor], indices: list[int]) -> dict[str, torch.Tensor]:
-    """Return a new batch with only the rows of `batch` at `indices`. `batch` must have no images.
+    """Return a new batch with only the rows of `batch` at `indices`, in this order. `batch` must have no images.
 
     The new batch is padded or concatenated like `batch`. Padding beyond the longest of these rows is cut. The tensors
     that `with_plan` adds are on the CPU. All other tensors stay on their device.
@@ -153,7 +154,10 @@ def take_rows(batch: dict[str, torch.Tensor], indices: list[int]) -> dict[str, t
 
 
 def split_rows(batch: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
-    """Split the tensor `name` of a batch into its rows. Returns a list with one tensor per row, without padding."""
+    """Split the tensor `name` of a batch into its rows. Returns a list with one tensor per row, without padding.
+
+    The tensor must have one value for each token, like input_ids.
+    """
     lengths = batch['row_lengths'].tolist()
     if 'attention_mask' not in batch:
         return list(batch[name][0].split(lengths))

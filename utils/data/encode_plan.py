@@ -51,7 +51,7 @@ class UsedRow(NamedTuple):
     """A training or validation row of a data set.
 
     `use` is TRAIN or VAL. `part` is the index of the row's data set in Plan.parts. `times` is the number of times that
-    one epoch trains the row.
+    one epoch trains the row. It is 1 for a validation row.
     """
 
     row: Row
@@ -84,7 +84,7 @@ class EncodedAgain:
     def encode(self, row: Row, written: Mapping[str, Any]) -> Encoded | None:
         """Encode `row` with the columns `written` instead of its own columns.
 
-        Returns None if the row with these columns cannot be trained on.
+        Returns None if the row with these columns cannot be converted or encoded.
         """
         try:
             other = dataclasses.replace(self.convert(written), origin=row.origin, folder=row.folder)
@@ -101,7 +101,9 @@ def encode_batch(
 ) -> Iterator[tuple[Row, Encoded]]:
     """Encode rows, and yield (row, encoded row) for each row that can be trained on.
 
-    Skipped rows, and notes on the other rows, are counted in `report`.
+    Skipped rows, and notes on the other rows, are counted in `report`. If a row is longer than --max_length, --overlong
+    decides: the row is yielded cut, yielded whole to be split by the caller, skipped, or counted in `report.refused`.
+    Raises ConfigError if the embedding of the model has no row for a token id.
 
     If another thread is encoding the rows already, `result` is a function that waits for that thread. It returns the
     encoded rows, or raises the error of that thread. If `result` is None, the rows are encoded in the current thread.
@@ -323,7 +325,7 @@ class PreparedData:
         return {**self.summary, **self.at_end()}
 
     def spread(self, count: int) -> list[dict[str, Any]]:
-        """Return up to `count` training rows, evenly spaced. For a stream, return its first `count` rows."""
+        """Return up to `count` training rows, evenly spaced. For a stream, return `self.train.first(count)`."""
         if not isinstance(self.train, EncodedRows):
             return self.train.first(count)
         count = min(count, len(self.train))
@@ -333,7 +335,8 @@ class PreparedData:
 def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows, EncodingReport]:
     """Return the encoded training rows, the encoded validation rows, and the encoding report.
 
-    If the same rows were encoded before, the encoded rows are read from the cache.
+    The report also counts the rows that `plan` left out. If the same rows were encoded before, the encoded rows and the
+    report are read from the cache.
     """
     name = f'data-{_cache_key(encoder, plan)[:40]}'
     with dist.local_main_first():
@@ -354,8 +357,8 @@ def encode_plan(encoder: Encoder, plan: Plan) -> tuple[EncodedRows, EncodedRows,
 def prepare_data(encoder: Encoder, plan: Plan, run_dir: Path, *, samples: int = 1) -> PreparedData:
     """Return the encoded rows of a run.
 
-    Logs how many rows were skipped or have notes, and for which reasons. Logs the first `samples` training rows, and
-    writes them to sample.txt.
+    Logs how many rows were skipped, how many got a note when they were encoded, and why. Logs the first `samples`
+    training rows, and writes them to sample.txt.
     """
     train, val, report = encode_plan(encoder, plan)
     statistics = {'train': length_statistics(train), 'validation': length_statistics(val)}
@@ -379,7 +382,7 @@ def names_of_sets(plan: Plan) -> dict[int, str]:
 
 
 def rows_of_sets(plan: Plan, val: EncodedRows) -> dict[str, Any]:
-    """Log how many rows each data set of --val_dataset has, and return these numbers for run.json.
+    """Log how many encoded rows each data set of --val_dataset has, and return these numbers for run.json.
 
     For example, {'validation_sets': {'math': 100, 'code': 50}}. Returns {} if there is no --val_dataset.
     """

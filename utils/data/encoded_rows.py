@@ -28,7 +28,7 @@ class TrainRows(Protocol):
     """
 
     def lengths(self) -> list[int]:
-        """Return the number of tokens of each item. A stream returns only the lengths that it knows."""
+        """Return the number of tokens of each item. A stream returns an estimate, with another number of items."""
 
     def origin(self, index: int) -> str:
         """Return where a row came from: file and line, or data set and row number."""
@@ -37,9 +37,10 @@ class TrainRows(Protocol):
         """Return one row as a dict. Its value under the key `row` equals `index`."""
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return a list of one or two batches: those that need the most memory.
+        """Return one or two batches of up to `count` items, for a trial of the memory that training needs.
 
-        `count` is the number of items in a batch.
+        The first batch has the longest items. The second batch, if there is one, has the rows with the most tokens that
+        carry loss. A stream looks only at its first rows.
         """
 
 
@@ -54,7 +55,7 @@ class IndexedRows(TrainRows, Protocol):
 class EncodedRows:
     """Rows of token ids, stored in flat arrays: a torch map-style data set.
 
-    A row has one or more spans of tokens that carry loss. The last span is the last reply of the row.
+    A row has one or more spans of tokens that carry loss. The last span is the last reply that carries loss.
 
     If `order` is None, the rows are returned in the order in which they are stored. Otherwise, `order` is a list of
     indices of stored rows, and the rows are returned in the order of the list. If an epoch trains a row twice, the row
@@ -98,8 +99,9 @@ class EncodedRows:
         return len(self.arrays['prompt_lengths'])
 
     def append(self, row: Encoded, origin: str = '', *, part: int = 0, times: int = 1) -> None:
-        """Add one row. An epoch trains it `times` times.
+        """Add one row.
 
+        `times` is how often an epoch trains the row. Only the object that `map` returns contains the row that often.
         `origin` says where the row came from, for example file and line. `part` is the index of the row's data set in
         Plan.parts.
         """
@@ -177,7 +179,7 @@ class EncodedRows:
         return [int(size) for size in self.sizes()]
 
     def trained_tokens(self) -> int:
-        """Return the number of tokens that carry loss."""
+        """Return the number of tokens that carry loss, in all rows together."""
         return int(self._trained_by_row().sum(dtype=np.int64))
 
     def parts(self) -> Any:
@@ -198,10 +200,10 @@ class EncodedRows:
         return self._ordered(np.add.reduceat(by_span, first_spans))
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return a list of one or two batches: those that need the most memory.
+        """Return one or two batches of up to `count` rows, for a trial of the memory that training needs.
 
-        `count` is the number of rows in a batch. The first batch has the longest rows. The second batch has the rows
-        with the most tokens that carry loss. If the two batches would have the same rows, the second one is left out.
+        The first batch has the longest rows. The second batch has the rows with the most tokens that carry loss. If the
+        two batches would have the same rows, the second one is left out.
         """
         trained = self._trained_by_row()
         by_length = heapq.nlargest(count, range(len(self)), key=self.sizes().__getitem__)
@@ -212,7 +214,7 @@ class EncodedRows:
         return [[self[index] for index in batch] for batch in batches]
 
     def evenly(self, count: int) -> EncodedRows:
-        """Return `count` of these rows, evenly spaced. Returns all rows if `count` is -1 or too large.
+        """Return `count` of these rows, evenly spaced. Returns all rows if `count` is negative or too large.
 
         If --overlong split cut a row into pieces, all its pieces together count as one row.
         """
@@ -261,14 +263,11 @@ class Filled(Sequence[dict[str, Any]]):
         return self.filler if index < 0 else dict(self.rows.row(index))
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return a list of one or two batches: those that need the most memory.
-
-        `count` is the number of items in a batch. The batches contain no fillers.
-        """
+        """Return the batches that `self.rows.heaviest` returns. They contain no fillers."""
         return self.rows.heaviest(count)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return the item with this index. Return the filler if the index is after the last item."""
+        """Return the item with this index. Return the filler if the index is after the last row."""
         return self.rows[index] if index < len(self.rows) else self.filler
 
 
@@ -278,7 +277,8 @@ def length_statistics(rows: EncodedRows) -> dict[str, float]:
     The statistics are the number of rows, the tokens per row (min, median, mean, p95, max), the total number of tokens,
     and the share of tokens that carry loss. A row that an epoch trains twice counts twice.
 
-    If an epoch trains some rows several times, the key `distinct_rows` is added: the number of different rows.
+    If an epoch trains some rows several times, the key `distinct_rows` is added: the number of different rows. Without
+    rows, the result is {'rows': 0}.
     """
     sizes = np.sort(rows.sizes())
     if not len(sizes):

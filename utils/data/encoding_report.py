@@ -50,7 +50,8 @@ class RefusedRows:
 class EncodingReport:
     """Counts what happened to the rows of a run, for each reason.
 
-    `left_out` counts the skipped rows. `noted` counts the notes on the used rows, e.g. that the end of a row was cut.
+    `left_out` counts the skipped rows. `noted` counts the notes on the used rows, e.g. that the beginning of a row was
+    cut.
     """
 
     left_out: Tally = field(default_factory=Tally)

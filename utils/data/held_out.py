@@ -19,13 +19,13 @@ def held_out(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return which rows of each data set are held out for validation.
 
     For example, {'a.jsonl': {'files_sha256': 'e3b0...', 'rows': [4, 17]}}. `rows` has the positions of the held-out
-    rows in the data set. `files_sha256` is a hash of the files of the data set. If a data set has a validation split,
-    this split has its own entry.
+    rows among all rows of the data set, counted from 0. `files_sha256` is a hash of the files of the data set. If a
+    data set has a validation split, this split has its own entry.
 
     If there is --val_dataset, only the data sets of --val_dataset have an entry.
 
-    If the files alone do not decide the rows, `files_sha256` is None. This applies to registered data sets and to rows
-    with images.
+    If the files alone do not decide the rows, `files_sha256` is None. This applies to registered data sets, and to data
+    sets with images.
     """
     sets = [part for part in plan.parts if part.val_set]
     return {
@@ -64,11 +64,12 @@ def read_held_out(
     reading: Reading = AS_WRITTEN,
     hub: HubName = 'modelscope',
 ) -> list[Row] | None:
-    """Return the rows that an earlier run held out for validation. Returns None if they cannot be found.
+    """Return the rows that an earlier run held out for validation, in the order of the data, or None.
 
     `kept` is what `held_out` returned in the earlier run. `words` are the values of --dataset or --val_dataset of this
-    command. The rows cannot be found if `words` name other data sets than `kept`, or if a file has changed. They also
-    cannot be found if a data set is registered or has images.
+    command. Returns None if `words` name other data sets than `kept` or name them in another order, or if a file has
+    changed. Also returns None if a data set is registered or has images. Raises ConfigError if a data set cannot be
+    opened.
     """
     sources = [parse_source(word) for word in words]
     if any(source.path is None and source.hub is None for source in sources):

@@ -15,7 +15,7 @@ from utils.data.parts import TRAIN, UNUSED, Part, draw_uses
 
 @dataclass(frozen=True, kw_only=True)
 class Ingredient:
-    """A data set of a mixture. Its share is None if the set gives all its rows.
+    """A data set of a mixture. `share` is None if --dataset gives the data set no share.
 
     `word` is the value of --dataset that names the set, for example 'sql-demo%0.3'.
     """
@@ -42,12 +42,12 @@ def mix(ingredients: Sequence[Ingredient], *, limit: int, seed: int) -> str:
     """Choose the training rows of a mixture of data sets. Returns a log line with the number of rows of each set.
 
     If all sets have a share, the mixture has `limit` rows. With a negative `limit`, the mixture has as many rows as all
-    sets together.
+    sets have training rows together.
 
-    If some sets have no share, these sets give all their rows. For example, one set has 700 rows and no share, and
-    another set has the share 0.3. Then the 700 rows are 0.7 of the mixture, so the mixture has 1000 rows.
+    If some sets have no share, these sets give all their training rows. For example, one set has 700 rows and no share,
+    and another set has the share 0.3. Then the 700 rows are 0.7 of the mixture, so the mixture has 1000 rows.
 
-    If this mixture is larger than `limit`, all sets are reduced in proportion. In the example, limit=100 gives 70
+    If such a mixture is larger than `limit`, all sets are reduced in proportion. In the example, limit=100 gives 70
     random rows of the first set and 30 rows of the second set. A negative `limit` reduces nothing.
 
     Raises ConfigError if a set with a share gives no row.

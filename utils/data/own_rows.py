@@ -1,6 +1,7 @@
 """Reads the rows that the user's own functions in DATASET_MAPPING return.
 
-A function returns a list, a generator, a `datasets.Dataset`, or two of these: training rows and validation rows.
+A function returns a list, a generator, a `datasets.Dataset`, or two of these: training rows and validation rows. It can
+also return a dictionary of splits.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ _RETURN = (
 def halves_of(name: str, *, logs: bool = False) -> tuple[Any, Any]:
     """Call the function of the data set `name`, and return (training rows, validation rows or None).
 
-    If the function returns a dictionary of splits (e.g. a `datasets.DatasetDict`), its splits `train` and `validation`
-    are used. If `logs` is True, the names of its other splits are logged.
+    If the function returns a dictionary of splits (e.g. a `datasets.DatasetDict`), its split `train` is used, and its
+    first split that is named `validation`, `valid`, `val` or `dev`. If `logs` is True, the names of its other splits
+    are logged.
 
-    Raises ConfigError if the function returns something else than rows, two sets of rows, or a dictionary of splits.
+    Raises ConfigError if the function returns something else than rows, two sets of rows, or a dictionary of splits
+    with the split `train`.
     """
     returned: Any = DATASET_MAPPING[name]()
     if isinstance(returned, Mapping):
@@ -82,7 +85,10 @@ def located_rows(name: str, half: int, rows: Any, shown: str) -> Iterator[tuple[
 
 
 def _plain(value: Any) -> Any:
-    """Return the value with all arrays and numbers of numpy converted to lists and numbers of Python."""
+    """Return the value with arrays and numbers of numpy converted to lists and numbers of Python.
+
+    Values in lists and dictionaries are converted too.
+    """
     if type(value).__module__ == 'numpy':
         return _plain(value.tolist())
     if isinstance(value, dict):

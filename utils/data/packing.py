@@ -37,7 +37,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack_evenly(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Return packs of row indices with at most `capacity` tokens each, and with similar numbers of tokens.
 
-    The number of packs is the same as that of `best_fit`. If packs with similar numbers of tokens would exceed
+    There are as many packs as `best_fit` returns. If packs with similar numbers of tokens would exceed
     `capacity`, the packs of `best_fit` are returned.
     """
     packs = best_fit(lengths, capacity)
@@ -51,7 +51,7 @@ def pack_evenly(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class PackedRows:
-    """A map-style data set of packs: lists of rows that together have at most max_length tokens."""
+    """A map-style data set of packs: lists of rows that together have at most `capacity` tokens."""
 
     def __init__(self, rows: EncodedRows, capacity: int) -> None:
         self.rows = rows
@@ -78,7 +78,7 @@ class PackedRows:
         return self.rows[index]
 
     def heaviest(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return a list with one batch: the `count` packs with the most tokens."""
+        """Return a list with one batch: the `count` packs with the most tokens, or all packs if there are fewer."""
         lengths = self.lengths()
         longest = heapq.nlargest(count, range(len(self)), key=lengths.__getitem__)
         return [[self[i] for i in longest]]
@@ -87,8 +87,11 @@ class PackedRows:
 class StepSampler(Sampler[int]):
     """Reorders the rows of a sampler within each optimizer step. Each step keeps the same rows.
 
-    Padded batches get rows of similar length, so that they contain little padding. Concatenated batches get similar
-    numbers of tokens, so that all batches need similar memory and time.
+    `order` is the sampler. A step has `batches` batches of `batch` rows, those of all processes together.
+
+    If `pads` is True, each batch gets rows of similar length, so that it contains little padding. If `pads` is False,
+    the batches are concatenated, and get similar numbers of tokens, so that they need similar memory and time. If the
+    last step has fewer rows, its rows are only sorted by length.
     """
 
     def __init__(self, order: Any, lengths: Sequence[int], *, batch: int, batches: int, pads: bool) -> None:

@@ -1,7 +1,7 @@
 """Reads the rows of data sets in two passes: the first decides the use of each row, the second returns the rows.
 
-The use of a row is TRAIN, VAL (validation) or UNUSED. Only the use of each row is kept in memory, as one byte. So rows
-can be drawn from the whole data set even if the data is larger than memory.
+The use of a row is TRAIN, VAL (validation) or UNUSED. Memory holds the use of each row, but not the rows themselves. So
+rows can be drawn from the whole data set even if the data is larger than memory.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ AS_WRITTEN = Reading()
 UNUSED, TRAIN, VAL = range(3)
 # Follows the name of a data set in the name of its validation part.
 VALIDATION = ' (validation)'
+_DATASET_PY = 'utils/dataset.py'
 
 # (location, columns, conversation). If the columns contain no usable conversation, the third item is a BadRow.
 ReadRow = tuple[str, dict[str, Any], Row | BadRow]
@@ -72,17 +73,19 @@ def _converted(
     reading: Reading = AS_WRITTEN,
     seen: dict[str, None] | None = None,
     remark: Remark = ignore,
+    of_function: bool = False,
 ) -> Iterator[ReadRow]:
     """Convert the rows of a data set, and yield (location, columns, conversation) for each row.
 
     If a row cannot be converted, a BadRow is yielded instead of the conversation. The columns of the first row decide
-    which converter is used for all rows.
+    which converter is used for all rows. Raises ConfigError if no converter fits them.
 
-    If the name of a column is a known name with capital letters or spaces, such as 'Query ', the column is read as
-    'query'. In this case, `remark` is called with a text for the log.
+    If the name of a column in the first row is a known name with capital letters or spaces, such as 'Query ', the
+    column is read as 'query'. In this case, `remark` is called with a text for the log.
 
     `name` is the name of the data set or file in messages. Relative paths of images start in `folder`. The columns of
-    the first row are added to `seen`, and also all columns that --columns renames.
+    the first row are added to `seen`, and also all columns that --columns renames. `of_function` says whether a
+    function in DATASET_MAPPING returned the rows.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
@@ -103,7 +106,7 @@ def _converted(
         if renamed:
             raw = with_columns(raw, renamed)
         if converter is None:
-            converter = _first_converter(raw, written, location, reading)
+            converter = _first_converter(raw, written, location, reading, of_function=of_function)
             first_columns = frozenset(raw)
         elif raw is not written:
             seen.update(dict.fromkeys(reading.columns.keys() & written.keys()))
@@ -124,20 +127,26 @@ def _converted(
         yield location, columns, row
 
 
-def _first_converter(raw: Mapping[str, Any], written: Mapping[str, Any], location: str, reading: Reading) -> Converter:
-    """Return the converter for the first row of a file. Raises ConfigError if no converter fits its columns.
+def _first_converter(
+    raw: Mapping[str, Any], written: Mapping[str, Any], location: str, reading: Reading, *, of_function: bool
+) -> Converter:
+    """Return the converter for the first row of a file or data set. Raises ConfigError if none fits its columns.
 
-    `written` is the row as it is in the file. `raw` is the same row with renamed columns.
+    `written` is the row as it was read. `raw` is the same row with renamed columns.
     """
     converter = find_converter(raw)
     if converter is None:
         missing = reading.missing(list(map(str, written)), location)
-        raise ConfigError(*missing, f'{location}: {_unknown_columns(list(map(str, raw)))}')
+        raise ConfigError(*missing, f'{location}: {_unknown_columns(list(map(str, raw)), of_function=of_function)}')
     return converter
 
 
-def _unknown_columns(columns: Sequence[str]) -> str:
-    """Return the error message for columns that no converter supports, with the best-fitting remedy."""
+def _unknown_columns(columns: Sequence[str], *, of_function: bool) -> str:
+    """Return the error message for columns that no converter supports, with the best-fitting remedy.
+
+    --columns is no remedy for rows of a function in DATASET_MAPPING (`of_function`), because it renames only columns of
+    files.
+    """
     problem = f'unknown columns {", ".join(columns)}. '
     tidy = [column.strip().lower() for column in columns]
     if find_converter(tidy):
@@ -145,25 +154,31 @@ def _unknown_columns(columns: Sequence[str]) -> str:
         return f'{problem}Their names are equal without capital letters and spaces: {", ".join(twice)}. Rename one.'
 
     if shapes := ambiguous_shapes(columns):
-        return _ambiguous(shapes, columns)
+        return _ambiguous(shapes, columns, of_function=of_function)
+    if of_function:
+        return f'{problem}Supported: {KNOWN_SHAPES}. Return rows with such columns from the function in {_DATASET_PY}.'
     return (
         f'{problem}Supported: {KNOWN_SHAPES}. Say which columns hold question and reply: --columns '
-        'NAME=query,OTHER=response, or register a function in DATASET_MAPPING in utils/dataset.py.'
+        f'NAME=query,OTHER=response, or register a function in DATASET_MAPPING in {_DATASET_PY}.'
     )
 
 
-def _ambiguous(shapes: Sequence[frozenset[str]], columns: Sequence[str]) -> str:
-    """Return the error message for columns that fit several converters, with a remedy for each converter.
+def _ambiguous(shapes: Sequence[frozenset[str]], columns: Sequence[str], *, of_function: bool) -> str:
+    """Return the error message for columns that fit several converters, with a remedy.
 
     `shapes` has one set of column names for each of these converters.
     """
     names = {shape: '/'.join(column for column in columns if column in shape) for shape in shapes}
+    problem = f'the columns fit more than one shape of rows: {", ".join(names.values())}.'
+    if of_function:
+        return f'{problem} Return only the columns of one shape from the function in {_DATASET_PY}.'
+
     every = frozenset().union(*shapes)
     choices = [
         f'to read {names[shape]}, add --columns {",".join(f"{column}=" for column in sorted(every - shape))}'
         for shape in shapes
     ]
-    return f'the columns fit more than one shape of rows: {", ".join(names.values())}. Choose: {"; ".join(choices)}.'
+    return f'{problem} Choose: {"; ".join(choices)}.'
 
 
 def _other_columns(converter: Converter, first: frozenset[str], raw: Mapping[str, Any]) -> BadRow:
@@ -180,14 +195,14 @@ def _other_columns(converter: Converter, first: frozenset[str], raw: Mapping[str
 class Part:
     """The training rows, the validation rows, or all rows of a data set. They can be read several times.
 
-    `uses` has one byte for each row that can be trained on: TRAIN, VAL or UNUSED.
+    `uses` has one byte for each row that can be trained on: TRAIN, VAL or UNUSED. It is empty until `count` is called.
     """
 
     name: str
     # Reads the rows from the start, and updates the given hash object with the content that it reads.
     read: Callable[[Any], Iterator[ReadRow]]
     is_val: bool = False
-    # The hub, id and revision of the download, and its commit if the hub names it. They are empty for local files.
+    # The hub, id and revision of the download, and its commit if the hub names it. Empty if the data is not from a hub.
     served: str = ''
     commit: str = ''
     # The files of the download, as <hub>:<id>@<revision>/<file>. Empty for other parts.
@@ -196,6 +211,7 @@ class Part:
     # The files of the part on this machine, each with its signature when the part was opened. A registered data set has
     # none.
     files: Sequence[tuple[Path, Signature]] = ()
+    # Whether a row that can be trained on has images. Set by `count`.
     has_images: bool = False
     # The positions of the rows that cannot be trained on, among all rows that were read.
     unusable: array[int] = field(default_factory=lambda: array('Q'))
@@ -220,7 +236,7 @@ class Part:
     columns: dict[str, None] = field(default_factory=dict)
 
     def source(self) -> dict[str, str]:
-        """Return, for lock.json, the repository on the hub and its commit. Returns {} if the data is not from a hub."""
+        """Return {'served': repository on the hub, 'commit': its commit} for lock.json. Unknown values are left out."""
         found = {'served': self.served, 'commit': self.commit}
         return {name: value for name, value in found.items() if value}
 
@@ -245,9 +261,10 @@ class Part:
             if earlier := open_replies(row):
                 self.earlier_replies[row.loss_scope] += earlier
                 self.rows_with_earlier[row.loss_scope] += 1
-            self.has_images |= bool(row.images)
+            images = state_of_images(row)
+            self.has_images |= bool(images)
             self.text_rows += row.is_text
-            content.update(state_of_images(row))
+            content.update(images)
 
         self.content = content.hexdigest()
         digest.update(content.digest())
@@ -260,7 +277,10 @@ class Part:
         return self.passes + (self.once_more[position] if self.once_more else 0)
 
     def trained_rows(self) -> int:
-        """Return the number of rows that an epoch trains. A row that is trained twice counts twice."""
+        """Return the number of rows that an epoch trains. A row that is trained twice counts twice.
+
+        Rows that are skipped later, when they are encoded, count too.
+        """
         return self.passes * self.uses.count(TRAIN) + self.once_more.count(1)
 
     def uses_digest(self) -> bytes:
@@ -272,7 +292,7 @@ class Part:
         """Read the rows again, and yield (use, row) for each row. The use is TRAIN, VAL or UNUSED.
 
         A row is the tuple (location, columns, conversation). If it cannot be trained on, its use is UNUSED, and its
-        third item is a BadRow. Raises ConfigError if the number of rows has changed since `count` read them.
+        third item is a BadRow. Raises ConfigError if the number of all other rows has changed since `count` read them.
         """
         position = 0
         for read in self.read(hashlib.sha256()):
@@ -289,7 +309,7 @@ class Part:
         if position != len(self.uses):
             raise ConfigError(
                 f"data set '{self.name}': the second read returned different rows. Make its function in "
-                'utils/dataset.py deterministic: the same rows in the same order.'
+                f'{_DATASET_PY} deterministic: the same rows in the same order.'
             )
 
 
@@ -317,10 +337,11 @@ def draw_uses(parts: Sequence[Part], old: int, count: int, seed: int, *, drawn: 
 def open_parts(
     source: Source, bad: OnBad = refuse, hub: HubName = 'modelscope', reading: Reading = AS_WRITTEN
 ) -> list[Part]:
-    """Open a data set, and return its parts: [training part, validation part], or [a single part with all rows].
+    """Open a data set, and return [training part, validation part], or [part] if it has no validation split.
 
-    `bad` is called for each line that cannot be read. `reading` has the flags that say how files are read, such as
-    --columns. Registered data sets ignore `reading`, because DATASET_MAPPING says how their columns are read.
+    `reading` has the flags that say how files are read, such as --columns. When a part is read, `bad` is called for
+    each row of a file that cannot be read. Registered data sets ignore `bad` and `reading`, because DATASET_MAPPING
+    says how their rows are read. Raises ConfigError if the data set cannot be opened.
     """
     if source.hub is not None:
         return _hub_parts(source, source.hub, bad, hub, reading)
@@ -353,7 +374,7 @@ def _reader(
     """Return a function that reads the files from the start. Its argument is a hash object.
 
     The function updates the hash with the content of the files and with `names`, which has one name for each file. It
-    adds the names of the columns in the files to `columns`, and remarks on how the files are read to `remarks`.
+    also adds keys to `columns` and `remarks`, which are the fields of a Part with these names.
     """
 
     def remark(text: str) -> None:
@@ -373,7 +394,10 @@ def _reader(
 
 
 def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName, reading: Reading) -> list[Part]:
-    """Return the parts (training, validation) of a data set of a hub. Its files are downloaded once per machine."""
+    """Return [training part, validation part] of a data set of a hub. Its files are downloaded once per machine.
+
+    If there is no validation split, the list has only the training part.
+    """
     fetched = files.load(hub, remedy=not_found_remedy(source))
     at_commit = f' at commit {fetched.commit[:12]}' if fetched.commit else ''
     logger.info(f'{source.name} is read from {fetched.served}{at_commit}. Its rows: {fetched.chosen.about}')
@@ -401,14 +425,15 @@ def _hub_parts(source: Source, files: HubFiles, bad: OnBad, hub: HubName, readin
 
 
 def check_read_once(parts: Iterable[Part]) -> None:
-    """Raise ConfigError if two parts read the same file of a hub."""
+    """Raise ConfigError if two parts read the same file of a hub. Parts of registered data sets are not compared."""
     # `check_sources` compares local files.
     readers: dict[str, str] = {}
     for part in parts:
         for file in part.hub_files:
             if file in readers:
+                flag = 'val_dataset' if part.val_set else 'dataset'
                 raise ConfigError(
-                    f"--dataset: '{readers[file]}' and '{part.name}' both read {file}, so its rows would be used "
+                    f"--{flag}: '{readers[file]}' and '{part.name}' both read {file}, so its rows would be used "
                     'twice. Remove one of the two, or name other subsets or splits.'
                 )
             readers[file] = part.name
@@ -419,7 +444,10 @@ def _shown(name: str, is_val: bool) -> str:
 
 
 def check_columns(parts: Iterable[Part], reading: Reading) -> None:
-    """Raise ConfigError if --columns names a column that none of the rows read so far has."""
+    """Raise ConfigError if --columns names a column that no row of a file has, among the rows read so far.
+
+    Does nothing if all data sets are registered, or if `reading.complete` is False.
+    """
     from_files = [part for part in parts if part.files]
     if not from_files:
         return
@@ -431,9 +459,10 @@ def check_columns(parts: Iterable[Part], reading: Reading) -> None:
 def read_rows_at(
     files: Sequence[tuple[Path, Signature]], positions: Collection[int], reading: Reading = AS_WRITTEN
 ) -> list[Row | BadRow]:
-    """Return the rows at these positions among all rows of the files. Positions are counted from 0.
+    """Return the rows at these positions, in the order of the files. Rows of all files are counted together, from 0.
 
-    Only these rows and the first row of each file are converted and checked.
+    A row that cannot be trained on is returned as a BadRow. Only the returned rows and the first row of each file are
+    converted and checked. Raises ConfigError if a file has changed since its signature was taken.
     """
     found: list[Row | BadRow] = []
     start = 0
@@ -455,7 +484,10 @@ def read_rows_at(
 
 
 def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
-    """Return the parts (training, validation) of a registered data set. Its files are downloaded from a hub."""
+    """Return [training part, validation part] of a registered data set. Its files are downloaded from a hub.
+
+    If there is no validation split, the list has only the training part.
+    """
     train, val, snapshot = entry.load(hub)
     logger.info(f'{name}: {snapshot.repo}')
 
@@ -479,7 +511,10 @@ def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
 
 
 def _function_parts(name: str) -> list[Part]:
-    """Return the parts (training, validation) of a data set whose rows a function in DATASET_MAPPING returns."""
+    """Return [training part, validation part] of a data set whose rows a function in DATASET_MAPPING returns.
+
+    If the function returns no validation rows, the list has only the training part.
+    """
 
     def part(half: int, rows: Any) -> Part:
         shown = _shown(name, half == 1)
@@ -487,7 +522,7 @@ def _function_parts(name: str) -> list[Part]:
 
         def read(digest: Any) -> Iterator[ReadRow]:
             located = located_rows(name, half, rows, shown)
-            yield from _converted(_hashed(located, digest), shown, remark=remarks.setdefault)
+            yield from _converted(_hashed(located, digest), shown, remark=remarks.setdefault, of_function=True)
 
         return Part(name=shown, read=read, is_val=half == 1, remarks=remarks)
 
@@ -511,5 +546,5 @@ def open_replies(row: Row) -> int:
 
 
 def row_notes(row: Row) -> list[str]:
-    """Return the notes of a row, and one more note for each of its unused columns."""
+    """Return the notes of a row, and one more note for each of its unused columns and keys."""
     return [*row.notes, *(f'{name} is not used' for name in row.unused)]

@@ -27,7 +27,7 @@ from utils.data.parts import (
     open_parts,
     remarks_of,
 )
-from utils.data.sources import parse_source, val_set_names
+from utils.data.sources import of_flag, parse_source, val_set_names
 from utils.data.tally import Tally
 from utils.formats.conversation import Row
 from utils.formats.file_bytes import OnBad, refuse
@@ -43,9 +43,10 @@ def served_by(parts: Iterable[Part]) -> dict[str, str]:
 class Plan:
     """Says which rows a run uses.
 
-    `left_out` counts the rows that cannot be trained on. `noted` counts the notes on all other rows. `drawn` has one
-    log line for each decision to use only some of the rows. `digest` is a hash of all rows, and of the use of each row
-    (training, validation or none). `mixed` says whether --dataset gives a data set a share of the rows (name%0.3).
+    `left_out` counts the rows that cannot be trained on. `noted` counts the notes on all other rows. `drawn` has log
+    lines that say which rows are not used and which are repeated. `digest` is a hash of all rows, and of the use of
+    each row (training, validation or none). `mixed` says whether --dataset gives a data set a share of the rows
+    (name%0.3).
     """
 
     parts: list[Part]
@@ -56,7 +57,10 @@ class Plan:
     mixed: bool = False
 
     def decisions(self, loss_scope: LossScope | None) -> list[str]:
-        """Return log lines: how files are read, which rows are not used, and which tokens carry loss."""
+        """Return log lines: how files are read, which rows are not used or repeated, and which tokens carry loss.
+
+        `loss_scope` is the value of --loss_scope. It is None if the flag is not typed.
+        """
         replies: Counter[LossScope] = Counter()
         rows: Counter[LossScope] = Counter()
         for part in self.parts:
@@ -92,9 +96,10 @@ class Plan:
     def lock(self) -> dict[str, dict[str, Any]]:
         """Return the entry `data` of lock.json, for example {'a.jsonl': {'rows': 100, 'sha256': 'e3b0...'}}.
 
-        `rows` is the number of used rows. `sha256` is a hash of all rows, and of the use of each row (training,
-        validation or none). A data set of a hub also has the keys `served` and `commit`. A data set of --val_dataset
-        also has the key `flag`.
+        `rows` is the number of used rows. A row that an epoch trains twice counts twice. `sha256` is a hash of all
+        rows, and of the use of each row (training, validation or none). A data set of a hub also has the key `served`,
+        and the key `commit` if the hub names the commit. A data set of --val_dataset also has the key `flag`. A
+        validation split has its own entry.
         """
         return {
             part.name: {
@@ -119,11 +124,12 @@ def loss_decisions(
 ) -> list[str]:
     """Return log lines that say whether the earlier replies of rows carry loss.
 
-    An earlier reply is a reply before the last reply of its row. Without earlier replies, there are no lines.
+    An earlier reply is a reply before the last reply of its row, for which the row itself does not say whether it
+    carries loss. Without earlier replies, there are no lines.
 
-    `typed` is the value of --loss_scope. With 'all_rounds', every reply carries loss. With 'last_round', only the last
-    reply of a row carries loss. If the flag is not typed, `typed` is None, and the format of each row decides its loss
-    scope.
+    `typed` is the value of --loss_scope. With 'all_rounds', all earlier replies carry loss, and there are no lines.
+    With 'last_round', none of them carries loss. If the flag is not typed, `typed` is None, and the format of each row
+    decides its loss scope.
 
     `earlier_replies` is a dict from a loss scope to the number of earlier replies in the rows with this scope. `rows`
     is a dict from a loss scope to the number of rows that have earlier replies. `total` is the end of each line, for
@@ -188,11 +194,13 @@ class _Planner:
     def add_training(self, word: str, test_ratio: float | None) -> Ingredient:
         """Read a data set of --dataset, and choose its training rows and validation rows. Returns its training rows.
 
-        `word` is the value of --dataset. If it has a number of rows (name#500), this number of rows is drawn.
+        `word` is the value of --dataset. If it has a number of rows (name#500), at most this number of rows is drawn.
+        No rows of a validation split are drawn.
 
-        If the data set has a validation split, the validation rows are the rows of this split. Otherwise, the share
-        `test_ratio` of the rows is drawn for validation. If `test_ratio` is None, the data set gives no validation
-        rows, and its validation split is not used.
+        If the data set has a validation split, the validation rows are all rows of this split. Otherwise, the share
+        `test_ratio` of the drawn rows is held out for validation. If the share is less than one row, one row is held
+        out. If `test_ratio` is 0, or if there is only one row, no row is held out. If `test_ratio` is None, the data
+        set gives no validation rows, and its validation split is not used.
         """
         source = parse_source(word)
         opened = open_parts(source, self.bad, self.hub, self.reading)
@@ -215,11 +223,14 @@ class _Planner:
         """Read a data set of --val_dataset: its validation split if it has one, else all its rows.
 
         `word` is the value of --val_dataset, `name` is the name of the data set in metrics. `trained` has the names of
-        the data sets of --dataset. Raises ConfigError if no row is left. If the data set has no validation split and is
-        in `trained`, also raises ConfigError.
+        the data sets of --dataset. If the data set has no validation split and is in `trained`, raises ConfigError. If
+        no row is left and `self.bad` is `refuse`, also raises ConfigError.
         """
         source = parse_source(word)
-        opened = open_parts(source, self.bad, self.hub, self.reading)
+        try:
+            opened = open_parts(source, self.bad, self.hub, self.reading)
+        except ConfigError as error:
+            raise ConfigError(*(of_flag(problem, 'val_dataset') for problem in error.problems)) from error
         part = opened[-1]
         if len(opened) == 1 and part.name in trained:
             raise ConfigError(
@@ -227,10 +238,10 @@ class _Planner:
                 'split. Remove the data set from --dataset or from --val_dataset.'
             )
 
-        check_read_once([*self.parts, part])
-        left_out = Tally()
         part.is_val = True
         part.val_set = name
+        check_read_once([*self.parts, part])
+        left_out = Tally()
         part.count(left_out, self.noted, self.digest)
         self.left_out.merge(left_out)
         if self.bad is refuse and not part.uses:
@@ -239,7 +250,7 @@ class _Planner:
         self.parts.append(part)
 
     def _draw(self, part: Part, sample: int | None, given: str, word: str) -> None:
-        """Draw `sample` random rows of a part. Its other rows become unused. If `sample` is None, do nothing.
+        """Draw up to `sample` random rows of a part. Its other rows become unused. If `sample` is None, do nothing.
 
         `word` and `given` are the names of the part in log lines. For --dataset name#5, `word` is "name#5", and `given`
         is "--dataset 'name#5'".
@@ -293,17 +304,19 @@ def plan_rows(
     `words` are the values of --dataset, and `val_words` are the values of --val_dataset. The rows are chosen in four
     steps:
 
-    1. If a value has a number of rows (name#500), this number of rows is drawn from the data set.
+    1. If a value has a number of rows (name#500), at most this number of rows is drawn from the data set.
     2. Rows are held out for validation. If a data set has a validation split, the rows of this split are held out.
-    Otherwise, the share `test_ratio` of the rows is drawn. If there are `val_words`, no rows of --dataset are held out.
+    Otherwise, the share `test_ratio` of the rows is drawn. If there are `val_words`, no rows of --dataset are held out,
+    and the rows of `val_words` are the validation rows.
     3. Training rows are chosen. If a value has a share of the training rows (name%0.3), the function `mix` chooses the
     training rows. Otherwise, at most `train_sample` training rows are drawn from all data sets together.
     4. At most max(1, train_sample * test_ratio) rows are drawn from the rows held out in step 2.
 
     A negative `train_sample` is no limit in steps 3 and 4.
 
-    `bad` is called for each line that cannot be read. Raises ConfigError if data cannot be read, if no row has a column
-    that --columns names, or if the training set or a validation set is left without rows.
+    `bad` is called for each row of a file that cannot be read. Raises ConfigError if data cannot be read, or if no row
+    has a column that --columns names. If `bad` is `refuse`, also raises ConfigError if the training set or a data set
+    of `val_words` is left without rows.
     """
     planner = _Planner(seed=seed, hub=hub, bad=bad, reading=reading)
     ingredients = [planner.add_training(word, None if val_words else test_ratio) for word in words]
@@ -314,6 +327,7 @@ def plan_rows(
     why = f'--train_dataset_sample is {train_sample}'
     limits = [(VAL, max(1, int(train_sample * test_ratio)), 'for validation')]
     mixed = any(one.share is not None for one in ingredients)
+    # Without `refuse`, a data set may have no training row. Then no mixture is possible, and all rows stay as they are.
     if mixed and (bad is refuse or all(TRAIN in one.part.uses for one in ingredients)):
         planner.drawn.append(mix(ingredients, limit=train_sample, seed=seed))
     elif not mixed:
@@ -341,8 +355,8 @@ def plan_validation(
     `val_words` are the values of --val_dataset. If a data set has a validation split, only this split is used.
     `trained` has the names of the data sets of --dataset.
 
-    Raises ConfigError if all rows of a data set are skipped. If a data set has no validation split and is in `trained`,
-    also raises ConfigError.
+    Raises ConfigError if data cannot be read, or if all rows of a data set are skipped. If a data set has no validation
+    split and is in `trained`, also raises ConfigError.
     """
     planner = _Planner(seed=seed, hub=hub, bad=refuse, reading=reading)
     _add_validation_sets(planner, val_words, trained)

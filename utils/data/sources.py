@@ -73,13 +73,14 @@ def parse_source(word: str) -> Source:
 def _split_share(word: str) -> tuple[str, Fraction | None]:
     """Split a word such as name%0.3 into its name and its share, here ('name', Fraction(3, 10)).
 
-    Returns (word, None) if the word has no share. A % is part of the name if a / follows it, or if the word ends in
-    the suffix of a data file.
+    Returns (word, None) if the word has no share. A % is part of the name if a / follows it, if text and a # follow it,
+    or if the word ends in the suffix of a data file. Raises ConfigError if the share is not between 0 and 1, or if the
+    word has both a share and a number of rows.
     """
     name, mark, share = word.rpartition('%')
     number, counted, _ = share.partition('#')
     is_number = number.replace('.', '').isdecimal()
-    if not mark or '/' in share or word.lower().endswith(SUFFIXES) or (counted and not is_number):
+    if not mark or '/' in share or word.lower().endswith(_ALL_SUFFIXES) or (counted and not is_number):
         return word, None
 
     if counted or re.search(r'#\d+$', name):
@@ -138,7 +139,11 @@ def _parse_without_share(word: str) -> Source:
 
 
 def _hub_files(name: str) -> HubFiles | None:
-    """Return the data set with the id `name` on a hub. Returns None if `name` is not an id, or is a local path."""
+    """Return the data set with the id `name` on a hub. Returns None if `name` is not such an id.
+
+    Without the prefix hf: or ms:, a name is not an id if a local path has this name, or if it is the name of a data
+    file.
+    """
     match = _HUB_WORD.fullmatch(name)
     if match is None:
         return None
@@ -170,7 +175,7 @@ def shadowed_id(source: Source) -> str | None:
 def not_found_remedy(source: Source) -> str:
     """Return the remedy for the message that a hub does not have the data set.
 
-    It names similar ids. If the user named no hub, it also says how to name one.
+    The remedy names similar ids, if there are any. If the user named no hub, it also says how to name one.
     """
     assert source.hub is not None, 'only a data set of a hub can be missing on it'
     known = [
@@ -190,6 +195,7 @@ def not_found_remedy(source: Source) -> str:
 def find_files(source: Source) -> list[Path]:
     """Return the data files of a path, folder or glob, sorted. Raises ConfigError if there are no data files.
 
+    If a glob matches anything but data files, or both files with rows and files of plain text, also raises ConfigError.
     Also raises ConfigError if a file name is not UTF-8, because logs and records name the file of a row.
     """
     files = _matching_files(source)
@@ -209,6 +215,10 @@ def _matching_files(source: Source) -> list[Path]:
     path = source.path
     assert path is not None, 'a registered data set has no files of its own here'
     if path.is_file():
+        if not path.name.lower().endswith(_ALL_SUFFIXES):
+            raise ConfigError(
+                f"--dataset '{source.name}': {path} is not a {KINDS} file. Give a file of one of these kinds."
+            )
         return [path]
 
     if path.is_dir():
@@ -255,7 +265,7 @@ def is_text_file(file: Path) -> bool:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """Return the data files directly in a folder, sorted.
+    """Return the data files directly in a folder, sorted. Files whose names begin with a dot are left out.
 
     Files of plain text (.txt, .md) are returned only if the folder has no other data files. So a README.md next to
     data files is not read as data.
@@ -301,7 +311,10 @@ def abbreviated(path: Path) -> str:
 
 
 def of_flag(problem: str, flag: str) -> str:
-    """Return the message `problem` with --`flag` in place of the --dataset at its beginning."""
+    """Return the message `problem` with --`flag` in place of the --dataset at its beginning.
+
+    A message that does not begin with --dataset is returned unchanged.
+    """
     rest = problem.removeprefix('--dataset ')
     return problem if rest == problem else f'--{flag} {rest}'
 
@@ -342,8 +355,8 @@ def check_sources(words: Sequence[str], started_in: str | None = None, *, val_wo
 def val_set_names(words: Sequence[str]) -> list[str]:
     """Return the names that metrics use for the data sets of --val_dataset, e.g. ['math'] for val/math.jsonl.
 
-    `words` are the values of --val_dataset. Only letters, digits, '.', '_' and '-' are kept. A name that is taken gets
-    a number: math_2.
+    `words` are the values of --val_dataset. Any characters but letters, digits, '.', '_' and '-' become one '_'. A name
+    that is taken gets a number: math_2.
     """
     names: list[str] = []
     for word in words:

@@ -79,8 +79,8 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
     """Yields the training rows in endless passes, each in a different order.
 
     Each process yields different rows. If --dataset gives shares (name%0.3), the rows are taken from the data sets in
-    these proportions, and each data set has its own passes. The order depends only on seed, rank and world size. So a
-    resumed run skips exactly the rows that were trained.
+    these proportions, and each data set has its own passes. For the same data, the order depends only on seed, rank and
+    world size. So a resumed run skips exactly the rows that were trained.
     """
 
     def __init__(self, encoder: Encoder, sources: Streams, *, val_rows: int, seed: int) -> None:
@@ -98,6 +98,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         self.unread_text = Account()
         # The report of the rows that this process encodes.
         self.report = EncodingReport(left_out=LoggedTally(), noted=Tally())
+        # The number of training rows that were read for the first time. Every process reads the rows of all processes.
         self.rows_read = 0
         # The report of the held-out rows. Every process encodes all held-out rows.
         self.held_out = EncodingReport()
@@ -134,6 +135,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                 if row is None:
                     readers.remove(reader)
                 else:
+                    self.rows_read += counts
                     yield row
 
     def _passes(self, number: int, *, counts: bool) -> Iterator[tuple[Row, bool]]:
@@ -154,7 +156,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                     f'out for validation. Lower --stream_val_rows, or remove {name} from --dataset.'
                 )
             if counts and done == 0:
-                logger.info(f'{name}: all {rows} rows are read. They are now read again.')
+                logger.info(f'{name}: all {rows} training rows are read. They are now read again.')
 
     def _mixed(self, *, counts: bool) -> Iterator[tuple[Row, bool]]:
         """Yield rows without end, each as (row, whether it is read for the first time).
@@ -168,7 +170,11 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
             yield row, is_new
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the encoded rows of this process. Skipped rows and notes are counted only in the first pass."""
+        """Yield the encoded rows of this process. Skipped rows and notes are counted only in the first pass.
+
+        Raises ConfigError if the data has no training row. If --dataset gives shares, raises ConfigError if one of the
+        data sets has no training row.
+        """
         if self.shares:
             yield from self._of_process(shuffled(self._mixed(counts=True), SHUFFLE_ROWS, self._order(0)), 0)
             return
@@ -180,12 +186,11 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
             index = yield from self._of_process(zip(rows, itertools.repeat(number == 0)), first)
             if index == first:
                 raise ConfigError(
-                    f'--streaming true: no training row is left. {len(self.unread)} rows were skipped, and the '
-                    'first rows are held out. Lower --stream_val_rows, or name more data with --dataset.'
+                    '--streaming true: no training row is left. All rows are skipped or held out for validation. Lower '
+                    '--stream_val_rows, or name more data with --dataset.'
                 )
             if number == 0:
-                self.rows_read = index
-                logger.info(f'a pass over the stream is done: {index} rows')
+                logger.info(f'the first pass over the stream is done: {index} rows')
                 for remark in remarks_of([[part for part, _ in self.parts]]):
                     if remark not in self._remarks:
                         logger.info(remark)
@@ -212,11 +217,12 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return index
 
     def _encoded(self, rows: Sequence[tuple[Row, bool]]) -> Iterator[dict[str, Any]]:
-        """Encode rows, and yield each encoded row as a dict. The key 'row' has the index of the row in the stream.
+        """Encode rows, and yield each encoded row as a dict.
 
-        An item of `rows` is (row, whether it is read for the first time). Skipped rows and notes are counted in the
-        report only when a row is read for the first time. The rows that were yielded last are kept in memory, so that
-        the methods `self.row` and `self.origin` can find them.
+        The key 'row' has the number of rows that this process yielded before. An item of `rows` is (row, whether it is
+        read for the first time). Skipped rows and notes are counted in the report only when a row is read for the first
+        time. The rows that were yielded last are kept in memory, so that the methods `self.row` and `self.origin` can
+        find them.
         """
         again = EncodedAgain(self.encoder)
         found: dict[int, Encoded] = {}
@@ -249,9 +255,12 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return self._recent[index][0]
 
     def first(self, count: int, report: EncodingReport | None = None) -> list[dict[str, Any]]:
-        """Return the first rows of the stream, encoded and not shuffled.
+        """Read the first `count` training rows, and return them encoded and not shuffled.
 
-        Skipped rows are counted in `report`, or not at all if `report` is None.
+        A row that is skipped when it is encoded is missing in the result. It is counted in `report` if there is one. A
+        row that cannot be read is not one of the `count` rows, and is not counted. With --overlong split, one row can
+        give several items. Raises ConfigError if a row is longer than --max_length and --overlong neither cuts, drops
+        nor splits it.
         """
         rows = (row for row, _ in self._mixed(counts=False)) if self.shares else self._in_turn(counts=False)
         report = report or EncodingReport()
@@ -264,7 +273,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         """Return some row lengths in tokens. They are an estimate, because most rows of a stream are not read yet.
 
         If --max_length is set, the list is [--max_length]. If --max_length is -1 (no limit), the list has the lengths
-        of the first rows.
+        of the first rows. So the list does not have the length of the stream.
         """
         limit = self.encoder.max_length
         if limit > 0:
@@ -276,7 +285,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return [heapq.nlargest(count, self.first(_FIRST_ROWS), key=lambda item: len(item['input_ids']))]
 
     def summary(self) -> dict[str, Any]:
-        """Log and return the counts of all processes for run.json. Every process must call this method."""
+        """Log and return the counts of all processes for run.json. Every process must call this method, only once."""
         for other in dist.from_all(self.report)[1:]:
             self.report.left_out.merge(other.left_out)
             self.report.noted.merge(other.noted)
@@ -297,8 +306,8 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
 def _held_out(sources: Streams, count: int, report: EncodingReport) -> list[Row]:
     """Return the validation rows of a stream: the first `count` rows of the validation split of each data set.
 
-    If a data set has no validation split, its first `count` rows are returned. Skipped rows and notes are counted in
-    `report` only for validation splits.
+    If a data set has no validation split, its first `count` rows are returned. Rows that cannot be trained on are
+    skipped. Skipped rows and notes are counted in `report` only for validation splits.
     """
     for parts in sources.sources:
         if len(parts) == 1:
@@ -344,8 +353,12 @@ def prepare_stream(
 ) -> PreparedData:
     """Return the training stream and the encoded validation rows.
 
-    Logs the first `samples` training rows, and writes them to sample.txt. The first `val_rows` rows of each data set
-    are held out, unless there are validation sets (--val_dataset). Raises ConfigError if no training row is left.
+    Logs the first `samples` training rows, and writes them to sample.txt.
+
+    With --val_dataset, the validation rows are its rows. Otherwise, they are the first `val_rows` rows of each data
+    set. If a data set has a validation split, they come from this split. If not, they are not trained on.
+
+    Raises ConfigError if the rows that are read before training contain no row to train on.
     """
     report = EncodingReport()
     val, sets = _validation(encoder, sources, val_rows, report)
@@ -360,8 +373,8 @@ def prepare_stream(
     first = stream.first(_FIRST_ROWS, report_of_first)
     if not first:
         raise ConfigError(
-            '--streaming true: no training row is left. All rows are skipped or held out for validation. Lower '
-            '--stream_val_rows, or name more data with --dataset.'
+            '--streaming true: no training row is left. All rows read so far are skipped or held out for validation. '
+            'Lower --stream_val_rows, correct the first rows, or name other data with --dataset.'
         )
 
     show_samples(encoder.tokenizer, first[:samples], run_dir)

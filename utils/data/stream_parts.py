@@ -35,12 +35,14 @@ _FIRST_ROWS = 64
 class Streams:
     """The opened data sets of a streamed run.
 
-    `sources` has one list for each data set of --dataset: [training split, validation split], or [a single part with
-    all rows]. `shares` has the share of each data set (name%0.3). If --dataset gives no shares, `shares` is empty, and
-    a row is taken from each data set in turn.
+    `sources` has one list for each data set of --dataset. `shares` has the share of each data set (name%0.3). If
+    --dataset gives no shares, `shares` is empty, and a row is taken from each data set in turn.
 
-    Without --val_dataset, `val` is None, and the validation rows are taken from `sources`. With --val_dataset, `val` is
-    the plan of its rows. These rows are not streamed, and no rows of `sources` are held out.
+    Without --val_dataset, a list in `sources` is [training split, validation split], or [part] if the data set has no
+    validation split. The validation rows are taken from `sources`, and `val` is None.
+
+    With --val_dataset, a list in `sources` is [part] without the validation split, and no rows of `sources` are held
+    out. `val` is the plan of the rows of --val_dataset. These rows are not streamed.
 
     `decisions` has log lines about the data sets.
     """
@@ -61,9 +63,11 @@ def open_streams(
 ) -> Streams:
     """Open the data sets of a streamed run. The rows of --val_dataset are not streamed.
 
-    `words` are the values of --dataset, and `val_words` are the values of --val_dataset. Raises ConfigError if the
-    first row of a data set cannot be read. Also raises ConfigError if --columns names a column that the first rows of
-    all data sets lack.
+    `words` are the values of --dataset, and `val_words` are the values of --val_dataset. Raises ConfigError if a data
+    set cannot be opened, if its first row cannot be read, or if no row of a data set of --val_dataset can be used.
+
+    With --columns, up to 1000 rows of each data set are read. Raises ConfigError if one of them cannot be read, or if
+    --columns names a column that all of them lack.
     """
     named = [parse_source(word) for word in words]
     sources = [open_parts(source, hub=hub, reading=reading) for source in named]
@@ -89,10 +93,10 @@ def open_streams(
 
 
 def first_rows(sources: Sequence[Sequence[Part]], count: int) -> list[Row]:
-    """Return the validation rows of a stream: the first `count` rows of each data set.
+    """Return the validation rows of a stream: the first `count` rows of each data set that can be trained on.
 
-    `sources` has one list for each data set: [training split, validation split], or [a single part with all rows]. If a
-    data set has a validation split, its rows are taken from this split.
+    `sources` has one list for each data set: [training split, validation split], or [part]. The rows are taken from the
+    last part of each list, so from the validation split if the list has one.
     """
     found: list[Row] = []
     for parts in sources:
@@ -120,7 +124,7 @@ def some_rows(rows: Plan | Streams, use: int, count: int) -> list[Row]:
     """Return up to `count` training rows (`use` is TRAIN) or validation rows (`use` is VAL).
 
     They are the first rows of the data sets, about the same number from each. For Streams without --val_dataset, `use`
-    is ignored.
+    is ignored, and the rows are those of `first_rows`.
     """
     if isinstance(rows, Streams):
         if rows.val is None or use != VAL:

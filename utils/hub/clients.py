@@ -15,7 +15,8 @@ from typing import Any
 
 from utils.base.names import HubName, Kind
 
-# (size of a file on a hub, digest of its content). The size is None if the hub does not report it.
+# (size of a file on a hub, digest that differs if its content differs). If the hub does not report them, the size is
+# None, and the digest is ''.
 Listed = tuple[int | None, str]
 
 
@@ -55,11 +56,11 @@ class GoneError(Exception):
 
 
 class DeniedError(Exception):
-    """The repository exists, but the hub refuses this account."""
+    """The hub refuses this account, for example because the token is wrong, or terms must be accepted first."""
 
 
 class UnreachableError(Exception):
-    """The hub did not answer."""
+    """The hub did not answer, or its package is set to work offline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,10 @@ class Repo:
 
 
 class ModelScope:
-    """The client of ModelScope. It reads endpoint, cache and token from the environment at each use.
+    """The client of ModelScope. It reads endpoint and cache from the environment when it is created.
 
-    Methods raise GoneError, DeniedError and UnreachableError. Any other exception of the package is not caught.
+    If `token` is None, the package uses the token of the environment or of a stored login, if there is one. Methods
+    raise GoneError, DeniedError and UnreachableError. Any other exception of the package is not caught.
     """
 
     def __init__(self, token: str | None) -> None:
@@ -130,7 +132,10 @@ class ModelScope:
             return str(self._api.whoami().username)
 
     def upload(self, repo_id: str, folder: Path, *, private: bool, message: str) -> None:
-        """Upload a folder to a model repository. The repository is created if it does not exist."""
+        """Upload a folder to a model repository. The repository is created if it does not exist.
+
+        `private` decides only whether a new repository is private.
+        """
         with self._translated_errors():
             if not self._api.repo_exists(repo_id, 'model'):
                 self._api.create_repo(repo_id, 'model', visibility='private' if private else 'public')
@@ -163,7 +168,10 @@ class ModelScope:
 
 
 class HuggingFace:
-    """The client of Hugging Face, with the same methods as ModelScope. The revision 'master' means 'main'."""
+    """The client of Hugging Face, with the same methods as ModelScope. The revision 'master' means 'main'.
+
+    The package of this hub does not verify the content of files that are on this machine already.
+    """
 
     def __init__(self, token: str | None) -> None:
         # The package sends usage statistics unless this variable is set. It reads the variable once, on import.

@@ -63,7 +63,8 @@ def repos_of(hub: HubName, ids: dict[HubName, Sequence[str]], *, revision: str =
 class Snapshot:
     """A repository that was found, and the size and digest of each of its files.
 
-    `online` is False if the hub cannot be reached. Then `files` are the files at the last download.
+    `online` is False if a hub could not be reached. Then `files` are the files at the last download. If another program
+    downloaded the repository, they are the files in its folder.
     """
 
     repo: Repo
@@ -111,8 +112,9 @@ class Snapshot:
         """Return the names of the files that `fetch` would request from the hub.
 
         Usually these are the files that are missing on this machine or have a wrong size. If a file has changed on the
-        hub, or if one of `names` was never verified, all `names` are requested. Then the Python package of the hub
-        verifies them. If the hub cannot be reached, only missing files and files of a wrong size are returned.
+        hub, or if one of `names` was never downloaded by `fetch`, all `names` are requested. Then the Python package of
+        the hub compares them with the hub. If the hub cannot be reached, only missing files and files of a wrong size
+        are returned.
         """
         recorded, verified = _read_record(_record_file(self.repo, self.kind))
         if self.online and not (recorded.files == self.files and verified >= set(names)):
@@ -134,8 +136,8 @@ def find(repos: Sequence[Repo], kind: Kind, *, remedy: str = '') -> Snapshot:
     """Return the first repository of the list that exists on its hub.
 
     The repositories are tried in order. If a hub cannot be reached, this repository and all later ones are looked for
-    only in the cache of this machine. Raises ConfigError if no repository is found, or if a hub refuses the account.
-    `remedy` is appended to the message if no repository is found.
+    only in the cache of this machine. Raises ConfigError if no repository is found, if a hub refuses the account, or if
+    the list of files cannot be fetched. `remedy` is appended to the message if no repository is found.
     """
     gone: list[str] = []
     for index, repo in enumerate(repos):
@@ -145,7 +147,7 @@ def find(repos: Sequence[Repo], kind: Kind, *, remedy: str = '') -> Snapshot:
         except GoneError:
             gone.append(str(repo))
             if index + 1 < len(repos):
-                logger.warning(f'{kind} {repo} is gone (404): trying {repos[index + 1]}')
+                logger.warning(f'{kind} {repo} is not found (404): trying {repos[index + 1]}')
             continue
         except DeniedError as error:
             raise ConfigError(
@@ -173,7 +175,8 @@ def _token_remedy(repo: Repo) -> str:
 def push_folder(folder: Path, *, repo: str, hub: HubName, token: str, private: bool, message: str) -> str:
     """Upload a folder to a model repository and return the id of the repository, `user/name`.
 
-    `repo` is `name` or `user/name`. The repository is created if it does not exist.
+    `repo` is `name` or `user/name`. The repository is created if it does not exist, and `private` decides whether the
+    new repository is private. Raises the errors of utils/hub/clients.py and of the package of the hub.
     """
     client = connect(hub, token)
     repo_id = repo if '/' in repo else f'{client.user()}/{repo}'
@@ -198,7 +201,7 @@ def _find_cached(repos: Sequence[Repo], kind: Kind, *, why: str, remedy: str) ->
             if absent := _absent_shards(files):
                 raise ConfigError(_incomplete_offline(repo, kind, folder, absent))
 
-        logger.warning(f'{repo.hub} cannot be reached ({why}): {kind} {repo} is taken from {folder}')
+        logger.warning(f'{repos[0].hub} cannot be reached ({why}): {kind} {repo} is taken from {folder}')
         return Snapshot(repo=repo, kind=kind, files=files, online=False, client=client, commit=recorded.commit)
 
     local = ', or give a local directory with --model_id_or_path' if kind == 'model' else ''
@@ -211,7 +214,7 @@ def _find_cached(repos: Sequence[Repo], kind: Kind, *, why: str, remedy: str) ->
 
 def _incomplete_offline(repo: Repo, kind: Kind, folder: Path, absent: Sequence[str]) -> str:
     return (
-        f'{repo.hub} cannot be reached, and {len(absent)} files of {kind} {repo.id} are missing or incomplete in '
+        f'a hub cannot be reached, and {len(absent)} files of {kind} {repo.id} are missing or incomplete in '
         f'{folder}, the first is {absent[0]}. Run once with network: the download continues where it stopped.'
     )
 
@@ -233,7 +236,7 @@ def _absent_shards(files: Collection[str]) -> list[str]:
 def _with_retries(repo: Repo, call: Callable[[], T]) -> T:
     """Return the result of `call`. The call is repeated after a failure that may be temporary.
 
-    Raises ConfigError if the last attempt fails too.
+    Raises ConfigError if the last attempt fails too. GoneError, DeniedError and UnreachableError are raised at once.
     """
     for wait in (*_WAITS, None):
         try:
