@@ -54,6 +54,14 @@ def test_labels_of_batches_are_what_is_trained(tmp_path: Path) -> None:
     )
 
 
+def test_skipped_rows_of_a_stream_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(SUMMARY, 'train')
+    assert prove(Collator(5), tmp_path)['says'] == (
+        'the rows of a stream are not counted before training; in 3 rows, in batches of 4, exactly the marked tokens '
+        'carry loss, each end of turn among them'
+    )
+
+
 class Mutated(Collator):
     """A collator that makes batches as training does, then changes their labels."""
 
