@@ -186,6 +186,17 @@ def test_a_run_whose_time_is_over_ends_at_the_step(
     assert [line['step'] for line in log_lines(run / 'checkpoint-7') if 'eval_loss' in line] == [7]
 
 
+def test_the_end_of_a_timed_run_names_max_minutes(
+    run_sft: Run, clock: Clock, problems: Callable[[], list[str]]
+) -> None:
+    clock.batch = lambda step: 20.0 if step >= 5 else 0.5
+    run = run_sft(*FLAGS, *TIMED)
+    run_sft(*FLAGS, *TIMED, '--resume_from_checkpoint', str(run / 'checkpoint-7'), expect=2)
+    assert problems()[-1].endswith(
+        'this run ends at step 7. The time of --max_minutes set this end. Remove --max_minutes to train more steps.'
+    )
+
+
 def test_a_resumed_run_keeps_the_schedule(run_sft: Run, clock: Clock) -> None:
     """Steps 10 to 19 are slow, so the schedule is compressed. The run is stopped after step 24 and resumed."""
 

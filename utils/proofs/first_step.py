@@ -372,7 +372,7 @@ class FirstStepGate(TrainerCallback):
 
 
 def joins_more() -> bool:
-    """Return whether joined micro-batches may need more memory than the heaviest one. This is tried only on CUDA."""
+    """Return whether micro-batches may be joined to a batch with more tokens than the heaviest one: only on CUDA."""
     return device.kind() == 'cuda'
 
 

@@ -491,7 +491,7 @@ def check_trained_template(encoder: Encoder, trained: Trained, *, typed: Collect
     """Raise ConfigError if the content of the template has changed since the training.
 
     `typed` has the names of all typed flags. If the user typed a template or settings of a template, a warning is
-    logged instead. If the encoder uses a template with another name than in training, nothing is checked.
+    logged instead. In all other cases, a template with another name than in training is not checked.
     """
     checkpoint = trained.checkpoint
     then = trained.record.template_sha256

@@ -131,7 +131,7 @@ class Speedometer(TrainerCallback):
         device.reset_peak()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Add the tokens and seconds of the step to the totals, except for the first step. Start the next step."""
+        """Add the tokens and seconds of the step to the totals. The first step is only the start of the measurement."""
         now = time.perf_counter()
         if self._since is not None:
             self.seconds += now - self._since

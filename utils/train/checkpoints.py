@@ -150,7 +150,7 @@ class Checkpoints:
     def keep_only_best(self) -> None:
         """With --save_total_limit 1, delete the last checkpoint if an earlier checkpoint is the best one.
 
-        Call this after training. Does nothing if a signal stopped the training, because it is resumed from the last
+        Call this after training. Does nothing if a signal stopped the training, because a resumed run needs the last
         checkpoint.
         """
         trainer = self.trainer

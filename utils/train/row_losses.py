@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class RowLosses(TrainerCallback):
     """Writes the losses of all validation rows after training, and of `count` of them before training.
 
-    With LoRA, the losses before training are computed at the end, with the adapter switched off. With --adapter too,
-    they are therefore the losses of the base model.
+    With LoRA, the losses before training are computed at the end, with the adapter switched off. So with --adapter they
+    are the losses of the base model without the given adapter.
 
     With --sft_type full, the losses before training are computed before the first step. A resumed run reads them from
     the folder of the run that wrote the checkpoint. The losses after training are those of the last evaluation, so they

@@ -191,7 +191,7 @@ class SftTrainer(Seq2SeqTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the sampler of rows. With --group_by_length the sampler sorts the rows within each step by length.
 
-        Then `order` is set to this sampler, and `capacity` is set if micro-batches of a step can be joined.
+        With --group_by_length, `order` is set to the sampler, and `capacity` is set if micro-batches can be joined.
         """
         order = super()._get_train_sampler(train_dataset)
         if not self.groups_by_length or not isinstance(order, RandomSampler):
@@ -262,7 +262,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the batch on the device. It is sent in one copy. With pinned memory, the CPU does not wait for it."""
+        """Return the batch on the device. It is sent in one copy. With pinned memory, the CPU does not wait."""
         sent = on_device(inputs, self.args.device)
         if not self.is_deepspeed_enabled:
             return sent
