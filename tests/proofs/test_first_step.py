@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,24 @@ def test_a_run_is_the_same_bits_with_and_without_it(mode: str, run_sft: Run) -> 
     assert 0 < proof['seconds'] == json.loads((tried / 'run.json').read_text())['preflight_seconds']
     assert not (tried / '.preflight').exists() and 'first_step' not in json.loads((plain / 'proofs.json').read_text())
     assert json.loads((plain / 'run.json').read_text())['preflight_seconds'] is None
+
+
+@pytest.mark.parametrize(
+    ('flags', 'said'),
+    [
+        (('1', '--dataset_test_ratio', '0'), 'up to 2 '),
+        (('1',), 'up to 3 '),
+        (('3',), 'up to 4 '),
+        (('-1',), '2 or more '),
+    ],
+)
+def test_the_checkpoints_that_must_fit_on_the_disk_are_counted(
+    flags: tuple[str, ...], said: str, run_sft: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usage = namedtuple('usage', 'free')
+    monkeypatch.setattr('utils.proofs.first_step.shutil.disk_usage', lambda _: usage(free=0))
+    run_sft('--max_steps', '1', '--save_total_limit', *flags)
+    assert f'--save_total_limit: {said}checkpoints of ' in caplog.text
 
 
 def test_the_heaviest_batches_are_the_longest_rows_and_those_with_most_loss() -> None:

@@ -49,8 +49,16 @@ def test_labels_of_batches_are_what_is_trained(tmp_path: Path) -> None:
     proof = prove(Collator(5), tmp_path)
     assert proof['passed'] and proof['rows_checked'] == 3
     assert proof['says'] == (
-        '3 rows train 40 % of 60 tokens; in batches of 3 rows exactly the marked tokens carry loss, each end of turn '
-        'among them; 2 rows were skipped because none of their tokens carries loss'
+        '3 rows train 40 % of 60 tokens; in 3 rows, in batches of 4, exactly the marked tokens carry loss, each end of '
+        'turn among them; 2 rows were skipped because none of their tokens carries loss'
+    )
+
+
+def test_skipped_rows_of_a_stream_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(SUMMARY, 'train')
+    assert prove(Collator(5), tmp_path)['says'] == (
+        'the rows of a stream are not counted before training; in 3 rows, in batches of 4, exactly the marked tokens '
+        'carry loss, each end of turn among them'
     )
 
 

@@ -89,6 +89,7 @@ def test_a_changed_loss_is_told_with_the_versions_and_the_machine(run: Path, ver
         run / 'lock.json',
         lambda lock: {
             **lock,
+            'processes': 2,
             'versions': {**lock['versions'], 'torch': '1.0'},
             'machine': {**lock['machine'], 'processor': 'abacus', 'threads': 96},
         },
@@ -105,10 +106,11 @@ def test_a_changed_loss_is_told_with_the_versions_and_the_machine(run: Path, ver
         f'different at step 3 (all is equal up to step 2): loss is {loss}, and {run} has {lines[3]["loss"]}'
     )
     assert printed[1] == 'size of the difference: 1e-06 of the value'
-    assert [line.split(' is ')[0] for line in printed[2:]] == [
+    assert printed[2] == 'likely cause: 1 processes train, the repeated run had 2'
+    assert [line.split(' is ')[0] for line in printed[3:]] == [
         'likely cause: torch', 'likely cause: processor', 'likely cause: threads',
     ]  # fmt: skip
-    assert printed[3].endswith(', the repeated run had abacus') and printed[4].endswith(', the repeated run had 96')
+    assert printed[4].endswith(', the repeated run had abacus') and printed[5].endswith(', the repeated run had 96')
 
 
 def test_a_rounding_without_a_known_cause_is_called_so(run: Path, verify: Callable[..., Any]) -> None:

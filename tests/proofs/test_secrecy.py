@@ -116,6 +116,15 @@ def test_what_is_planted_is_found(name: str, tmp_path: Path) -> None:
     assert not passed and message in says and CANARY not in says
 
 
+@pytest.mark.parametrize('flag', [{'chat_template': 'own/t.jinja'}, {'score': ['own/score.py:short']}], ids=str)
+def test_every_typed_path_is_allowed(flag: dict[str, str | list[str]], tmp_path: Path) -> None:
+    home = f'{Path.home()}/'
+    typed = {name: f'{home}{value}' if isinstance(value, str) else [home + value[0]] for name, value in flag.items()}
+    (tmp_path / 'sft_args.json').write_text(json.dumps(typed))
+    passed, says = prove(tmp_path, SftArguments(**typed))  # type: ignore[arg-type]
+    assert passed, says
+
+
 def test_deepspeeds_own_state_is_excepted_and_named(tmp_path: Path) -> None:
     state = tmp_path / 'checkpoint-3' / 'global_step3' / 'mp_rank_00_model_states.pt'
     state.parent.mkdir(parents=True)

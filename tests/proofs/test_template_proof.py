@@ -311,7 +311,9 @@ def test_an_inference_prompt_that_is_no_prefix_stops(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_inference_refuses_a_chat_template_changed_since(run_sft: Run, model_dir: Path, problems: Problems) -> None:
+def test_inference_refuses_a_chat_template_changed_since(
+    run_sft: Run, model_dir: Path, problems: Problems, caplog: pytest.LogCaptureFixture
+) -> None:
     run = run_sft('--max_steps', '1')
     checkpoint = run / 'checkpoint-1'
     record = json.loads((run / 'sft_args.json').read_text())
@@ -327,7 +329,10 @@ def test_inference_refuses_a_chat_template_changed_since(run_sft: Run, model_dir
         assert (
             f'Copy the trained one from {checkpoint}/chat_template.jinja, or add --template_type auto' in problems()[0]
         )
+        caplog.clear()
         assert llm_infer.main([*words, '--template_type', 'auto']) == 0
+        assert 'The changed template is used, because --template_type is typed' in caplog.text
+        assert 'to continue anyway' not in caplog.text
     finally:
         file.write_text(before)
     assert llm_infer.main(words) == 0

@@ -179,11 +179,22 @@ def test_a_run_whose_time_is_over_ends_at_the_step(
     clock.batch = lambda step: 20.0 if step >= 5 else 0.5
     run = run_sft(*FLAGS, *TIMED)
     assert (
-        '--max_minutes 1: the time is over after step 7 of 16, before the learning rate reached the end of its '
-        'schedule.'
+        '--max_minutes 1: the time is over, so training ends after step 7 of 16, before the learning rate reached the '
+        'end of its schedule.'
     ) in caplog.text
     assert steps_of(run) == 7 and (run / 'report.html').is_file()
     assert [line['step'] for line in log_lines(run / 'checkpoint-7') if 'eval_loss' in line] == [7]
+
+
+def test_the_end_of_a_timed_run_names_max_minutes(
+    run_sft: Run, clock: Clock, problems: Callable[[], list[str]]
+) -> None:
+    clock.batch = lambda step: 20.0 if step >= 5 else 0.5
+    run = run_sft(*FLAGS, *TIMED)
+    run_sft(*FLAGS, *TIMED, '--resume_from_checkpoint', str(run / 'checkpoint-7'), expect=2)
+    assert problems()[-1].endswith(
+        'this run ends at step 7. The time of --max_minutes set this end. Remove --max_minutes to train more steps.'
+    )
 
 
 def test_a_resumed_run_keeps_the_schedule(run_sft: Run, clock: Clock) -> None:

@@ -51,7 +51,11 @@ def test_a_new_token_is_not_checked_because_its_row_is_trained(caplog: pytest.Lo
     warn_of_untrained_ends(model, tokenizer, [END], trained=[END])
     assert not caplog.records
     warn_of_untrained_ends(model, tokenizer, [END])
-    assert len(caplog.records) == 1
+    assert len(caplog.records) == 1 and 'e.g. default.' in caplog.text
+    caplog.clear()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(END)
+    warn_of_untrained_ends(model, tokenizer, [])
+    assert '--sft_type full' in caplog.text and '--template_type whose' not in caplog.text
 
 
 def test_rows_beyond_the_tokenizer_are_unused() -> None:

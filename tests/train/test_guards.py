@@ -59,7 +59,7 @@ def test_a_row_whose_loss_is_nan_stops_the_run_and_is_named(
     assert message[step.end() :].startswith(f'{data}:21. Check these rows.'), 'one row of the four of a step'
     last = all_checkpoints(run)[-1]
     assert last.name == f'checkpoint-{int(step[1]) - 1}'
-    assert message.endswith(f'Nothing of this step is saved; the last good checkpoint: {last}.')
+    assert message.endswith(f'Nothing of this step is saved; the last good checkpoint of this run: {last}.')
     assert all(t.isfinite().all() for t in load_file(last / 'adapter_model.safetensors').values())
     assert not (run / 'run.json').exists()
 

@@ -233,8 +233,8 @@ def test_a_full_disk_loses_nothing_older(model_dir: Path, data_file: Path, tmp_p
     assert len(re.findall(r'(?<!I/O )error: ', done.stderr)) == 1
     assert re.search(
         rf'{run}/checkpoint-6 could not be written: .*File too large.*No older checkpoint was changed\. The last '
-        rf'complete checkpoint is {run}/checkpoint-3\. The disk has .* GiB free\. Delete files to make room, then '
-        rf'use --resume_from_checkpoint {run}/checkpoint-3$',
+        rf'complete checkpoint of this run is {run}/checkpoint-3\. The disk has .* GiB free\. If this is too little, '
+        rf'delete files\. Then use --resume_from_checkpoint {run}/checkpoint-3$',
         done.stderr,
         flags=re.MULTILINE,
     )

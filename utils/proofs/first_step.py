@@ -51,8 +51,8 @@ class FirstStepGate(TrainerCallback):
 
     The steps are tried with the micro-batches that need the most memory.
 
-    On CUDA, the gate also tries whether several micro-batches of a step fit into memory as one larger batch. If they
-    fit, the training computes them as one batch, which is faster.
+    With --group_by_length on CUDA, the gate also tries whether several micro-batches of a step fit into memory as one
+    larger batch. If they fit, the training computes them as one batch, which is faster.
     """
 
     def __init__(self, trainer: SftTrainer, *, resumed_from: str | None) -> None:
@@ -64,7 +64,8 @@ class FirstStepGate(TrainerCallback):
     ) -> None:
         """Try steps, an evaluation and a checkpoint, undo them, and write the outcome to proofs.json.
 
-        If one of them fails, raises ConfigError with a message that says which flags to change.
+        If the memory or the disk is too small, or if the loss or the gradients are bad, raises ConfigError with a
+        message that says which flags to change.
         """
         started = time.perf_counter()
         heaviest = self.trainer.train_dataset.heaviest(args.per_device_train_batch_size)
@@ -148,7 +149,8 @@ class FirstStepGate(TrainerCallback):
     def _steps(self, heaviest: list[Rows]) -> str | None:
         """Try a whole step, and then a forward and a backward pass over each of the batches `heaviest`.
 
-        Returns the first memory error of any process, or None if the memory is sufficient.
+        Returns the first memory error of any process, or None if the memory is sufficient. Raises ConfigError if the
+        loss or the gradients are not finite, or if every gradient is zero.
         """
         trainer = self.trainer
         is_sharded = self._is_sharded()
@@ -172,7 +174,7 @@ class FirstStepGate(TrainerCallback):
         """Set the maximum number of tokens of a batch that is joined from several micro-batches.
 
         The numbers in _JOINED are tried, the largest first, until a batch fits into memory. If the run is resumed, only
-        the number that it used before is tried.
+        the number that it used before is tried. Does nothing if the run joins no micro-batches.
         """
         trainer = self.trainer
         order = trainer.order
@@ -284,9 +286,11 @@ class FirstStepGate(TrainerCallback):
             tried.append(f'{flag}: {result}')
 
         advice = f'Tried just now: {"; ".join(tried)}.' if tried else 'Lower --batch_size or --max_length.'
+        if len(rows) > 1:
+            advice += ' A smaller --batch_size with more --gradient_accumulation_steps trains the same.'
         raise ConfigError(
             f'--batch_size: the heaviest batch ({len(rows)} rows of up to {tokens} tokens) does not fit into memory: '
-            f'{failure} {advice} A smaller --batch_size with more --gradient_accumulation_steps trains the same.'
+            f'{failure} {advice}'
         )
 
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
@@ -307,9 +311,10 @@ class FirstStepGate(TrainerCallback):
         return lighter
 
     def _evaluate(self) -> None:
-        """Try an evaluation of the heaviest validation batch. Generated answers are kept short.
+        """Try an evaluation of the longest validation rows. Generated answers are kept short.
 
-        Raises ConfigError if the batch does not fit into memory, or if the loss of a row is not finite.
+        Raises ConfigError if the batch does not fit into memory, if the loss of a row is not finite, or if the scores
+        of --score raise it.
         """
         trainer = self.trainer
         rows = trainer.eval_dataset
@@ -352,19 +357,22 @@ class FirstStepGate(TrainerCallback):
             )
 
         size = dist.from_all(sum(p.stat().st_size for p in checkpoint.rglob('*')) if dist.is_main() else 0)[0]
-        # An old checkpoint is deleted only after the next checkpoint is written, so one more must fit on the disk.
-        held = trainer.checkpoints.limit + 1 if trainer.checkpoints.limit > 0 else 2
+        limit = trainer.checkpoints.limit
+        # The best and the last checkpoint are kept. An old checkpoint is deleted only after the next checkpoint is
+        # written, so one more must fit on the disk.
+        held = max(limit, 1 if trainer.eval_dataset is None else 2) + 1 if limit > 0 else 2
         free = shutil.disk_usage(scratch.parent).free + size
         if free < held * size:
+            many = f'up to {held}' if limit > 0 else f'{held} or more'
             logger.warning(
-                f'--save_total_limit: up to {held} checkpoints of {size / 2**30:.1f} GiB will exist at the same time, '
-                f'but {free / 2**30:.1f} GiB are free. Free disk space before the checkpoints are written.'
+                f'--save_total_limit: {many} checkpoints of {size / 2**30:.1f} GiB will exist at the same time, but '
+                f'{free / 2**30:.1f} GiB are free. Free disk space before the checkpoints are written.'
             )
         return size
 
 
 def joins_more() -> bool:
-    """Return whether several micro-batches can be joined into one larger batch. This is done only on CUDA."""
+    """Return whether micro-batches may be joined to a batch with more tokens than the heaviest one: only on CUDA."""
     return device.kind() == 'cuda'
 
 

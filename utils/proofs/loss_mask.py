@@ -30,7 +30,7 @@ def prove_mask(
     """Make batches of the rows as in training, and compare the labels with the trained spans of the rows.
 
     The outcome is written to proofs.json, with the numbers of rows and tokens in `summary`. Raises ConfigError if a
-    label is missing, added, wrong or at a wrong position.
+    label is missing, added, wrong or at a wrong position, or if a batch has other ids than its rows.
     """
     started = time.perf_counter()
     rows = list(rows)
@@ -51,14 +51,16 @@ def prove_mask(
 
 def _sentence(checked: int, summary: dict[str, Any]) -> str:
     """Return a sentence with the results of a passed check, for proofs.json and the log."""
-    share = 'the rows of a stream are not counted before training'
-    if train := summary.get('train'):
-        share = f'{train["rows"]} rows train {100 * train["trained_share"]:.4g} % of {train["tokens"]} tokens'
-    skipped = summary.get('left_out', {}).get(NOTHING_TRAINED, 0)
-    return (
-        f'{share}; in batches of {checked} rows exactly the marked tokens carry loss, each end of turn among them; '
-        f'{skipped or "no"} rows were skipped because none of their tokens carries loss'
+    found = (
+        f'in {checked} rows, in batches of {_BATCH_ROWS}, exactly the marked tokens carry loss, each end of turn among '
+        'them'
     )
+    train = summary.get('train')
+    if train is None:
+        return f'the rows of a stream are not counted before training; {found}'
+    share = f'{train["rows"]} rows train {100 * train["trained_share"]:.4g} % of {train["tokens"]} tokens'
+    skipped = summary.get('left_out', {}).get(NOTHING_TRAINED, 0)
+    return f'{share}; {found}; {skipped or "no"} rows were skipped because none of their tokens carries loss'
 
 
 def _fault(rows: Sequence[dict[str, Any]], collate: Callable[..., dict[str, Any]], encoder: Encoder) -> str | None:

@@ -46,7 +46,8 @@ class LossProof(TrainerCallback):
     ) -> None:
         """Compare the losses, and write the outcome to proofs.json.
 
-        Raises ConfigError if the trainer's loss differs from the loss of the plain forward pass.
+        Raises ConfigError if the trainer's loss differs from the loss of the plain forward pass. With DeepSpeed or
+        FSDP, nothing is compared.
         """
         trainer = self.trainer
         started = time.perf_counter()
@@ -54,8 +55,8 @@ class LossProof(TrainerCallback):
         # Under DeepSpeed, which may shard the model too, the comparison is skipped as well.
         if trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers:
             logger.info(
-                'loss value: the loss of a batch is not compared with the losses of its rows, because DeepSpeed or '
-                'FSDP shards the model'
+                'loss value: the loss of a batch is not compared with the losses of its rows, because the run '
+                'uses DeepSpeed or FSDP'
             )
             return
 

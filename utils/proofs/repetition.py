@@ -50,9 +50,11 @@ class Difference:
 
 
 def verify(trainer: SftTrainer, args: SftArguments, run: Run, *, steps: int) -> int:
-    """Repeat up to `steps` steps of the run in --from_run, print the result, and return the exit code.
+    """Repeat about `steps` steps of the run in --from_run, print the result, and return the exit code.
 
-    The code is 0 if all is equal and 1 if a value differs. Raises ConfigError if the run has no log lines.
+    The last repeated step has a log line: the last one within `steps` steps, or else the first one of the run. The exit
+    code is 0 if all is equal and 1 if a value differs. Raises ConfigError if the run has no log lines, and Stopped if a
+    signal ends the repetition.
     """
     repeated = Path(str(args.from_run))
     repetition = Repetition(trainer, repeated, steps)
@@ -90,7 +92,10 @@ class Repetition(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Read the log lines of the run in --from_run, and choose the last step to repeat."""
+        """Read the log lines of the run in --from_run, and choose the last step to repeat.
+
+        Raises ConfigError if there is no log line to compare with.
+        """
         first = state.global_step
         lines = dist.from_all(_log_lines(self.run_dir) if dist.is_main() else [])[0]
         known = {_key(line): line for line in lines if line['step'] > first}
@@ -203,14 +208,23 @@ class Repetition(TrainerCallback):
 
 
 def _causes(repeated: Path, run: Run) -> list[str]:
-    """Return a line for each flag, version and property of the machine that differs between the two runs."""
+    """Return a line for each flag, version and property of the machine that differs between the two runs.
+
+    A different number of processes has a line too.
+    """
     flags = changed_flags(read_run_record(repeated), run.record)
-    typed = [f'--{name} is {now}, the repeated run had {then}' for name, now, then in flags]
-    return typed + changes_since(read_lock(repeated), run.lock)
+    causes = [f'--{name} is {now}, the repeated run had {then}' for name, now, then in flags]
+    earlier = read_lock(repeated)
+    if earlier['processes'] != run.lock['processes']:
+        causes.append(f'{run.lock["processes"]} processes train, the repeated run had {earlier["processes"]}')
+    return causes + changes_since(earlier, run.lock)
 
 
 def _log_lines(run_dir: Path) -> list[dict[str, Any]]:
-    """Return all log lines of a run. If the run did not end, return those in its last checkpoint."""
+    """Return the log lines of a run, without the summary at its end.
+
+    If the run did not end, the log lines in its last checkpoint are returned.
+    """
     if (run_dir / HISTORY_JSON).is_file():
         lines: list[dict[str, Any]] = read_json(run_dir / HISTORY_JSON, list)
     else:

@@ -69,7 +69,8 @@ def _allowed_paths(typed: Iterable[str]) -> re.Pattern[bytes]:
 def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
     """Search all files of the run folder for secrets, pickles and paths of the home folder.
 
-    The outcome is written to proofs.json. If something is found, a warning is logged.
+    The outcome is written to proofs.json. If something is found, a warning is logged. What is found in the files of
+    DeepSpeed is only listed in proofs.json.
     """
     started = time.perf_counter()
     secrets = find_secrets(os.environ, {'--hub_token': args.hub_token})
@@ -109,6 +110,8 @@ def _typed_paths(args: SftArguments) -> list[str]:
         args.resume_from_checkpoint,
         args.adapter,
         args.new_tokens,
+        args.chat_template,
         args.deepspeed_config_path,
+        *args.score,
     ]
     return [word for word in [*words, *data_sets] if word]

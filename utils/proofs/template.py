@@ -298,7 +298,8 @@ class _Check:
     def _has_whole_reply(self, ours: str, full: str) -> bool:
         """Return whether the encoder's text `ours` contains the whole last message of the source data.
 
-        The reasoning of the message is required only if the chat template's text `full` contains it.
+        The reasoning of the message is required only if the chat template's text `full` contains it. For a message with
+        tool calls, True is returned without a check.
         """
         if _has_images(self.row):
             message: Mapping[str, Any] = {'content': self.row.messages[-1]['content']}
@@ -380,7 +381,8 @@ def prove_template(encoder: Encoder, rows: Sequence[Row], run_dir: Path) -> None
     With any other --template_type, the encoder uses a different template. Then the ids may differ: the first difference
     is only recorded, and rows with images are not compared.
 
-    With every --template_type, raises ConfigError if a prompt or the loss of a row is wrong.
+    With every --template_type, raises ConfigError if a prompt or the loss of a row is wrong. The ids of plain-text rows
+    are compared with the ids that the tokenizer gives for the text, and a difference raises ConfigError.
     """
     started = time.perf_counter()
     has_own = bool(encoder.tokenizer.chat_template)
@@ -486,10 +488,10 @@ def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, fir
 
 
 def check_trained_template(encoder: Encoder, trained: Trained, *, typed: Collection[str]) -> None:
-    """Raise ConfigError if the template of the encoder is not the template used in training.
+    """Raise ConfigError if the content of the template has changed since the training.
 
-    `typed` has the names of all typed flags. If the user typed a template or settings of a template, log a warning
-    instead.
+    `typed` has the names of all typed flags. If the user typed a template or settings of a template, a warning is
+    logged instead. In all other cases, a template with another name than in training is not checked.
     """
     checkpoint = trained.checkpoint
     then = trained.record.template_sha256
@@ -501,7 +503,7 @@ def check_trained_template(encoder: Encoder, trained: Trained, *, typed: Collect
     if steering:
         logger.warning(
             f'--{" and --".join(steering)}: {checkpoint.name} was trained with another template (sha256 {then[:12]}, '
-            f'now {present[:12]}), so the model gets prompts that it was not trained on.'
+            f'now {present[:12]}). The typed template is used, so the model gets prompts that it was not trained on.'
         )
         return
     if trained.record.flags.get('template_type') != encoder.name:
@@ -517,11 +519,16 @@ def check_trained_template(encoder: Encoder, trained: Trained, *, typed: Collect
         remedy = 'Restore the chat_template.jinja that the run wrote'
         if own:
             remedy = f'Copy the trained one from {checkpoint / "chat_template.jinja"}'
-    message = (
+    changed = (
         f'--template_type {encoder.name}: {what} has changed since {checkpoint.name} was trained (sha256 '
-        f'{then[:12]}, now {present[:12]}), so the model would get prompts that it was not trained on. {remedy}, or '
-        f'add --template_type {encoder.name} to continue anyway.'
+        f'{then[:12]}, now {present[:12]})'
     )
     if 'template_type' not in typed:
-        raise ConfigError(message)
-    logger.warning(message)
+        raise ConfigError(
+            f'{changed}, so the model would get prompts that it was not trained on. {remedy}, or add --template_type '
+            f'{encoder.name} to continue anyway.'
+        )
+    logger.warning(
+        f'{changed}. The changed template is used, because --template_type is typed, so the model gets prompts that it '
+        f'was not trained on. {remedy} to avoid this.'
+    )

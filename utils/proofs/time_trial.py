@@ -36,7 +36,8 @@ def keep_to_time(trainer: SftTrainer, args: SftArguments, typed_now: Collection[
 
     The number of steps is chosen from measured times, unless the run repeats an earlier run (--from_run). Then it does
     the same number of steps as the earlier run. But if the user typed --max_minutes, --max_steps or --num_train_epochs
-    together with --from_run, the number is chosen from measured times again.
+    together with --from_run, the number is chosen from measured times again. With --verify true, it is never chosen
+    again.
 
     `typed_now` has the names of the flags that the user typed. `started` is the time when the program started, as
     time.time returns it.
@@ -138,7 +139,7 @@ class TimeTrial(FirstStepGate):
         return seconds
 
     def _checkpoint_seconds(self, scratch: Path) -> float:
-        """Return the seconds that it takes to write a checkpoint."""
+        """Return the seconds that it takes to write a checkpoint. Raises ConfigError if it cannot be written."""
         began = now()
         self._save(scratch)
         return now() - began

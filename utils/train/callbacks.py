@@ -45,7 +45,7 @@ class StepIntervals(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the intervals in the trainer's state from the flags of this run.
+        """Set the intervals in the trainer's state from the flags of this run, and record them.
 
         This is also done for a resumed run, because its state has the intervals of the checkpoint.
         """
@@ -107,7 +107,10 @@ class EpochOrder(TrainerCallback):
 
 
 class Speedometer(TrainerCallback):
-    """Counts the non-padding tokens and the seconds of training steps. Evaluation and saving are not counted."""
+    """Counts the non-padding tokens and the seconds of training steps on this process.
+
+    The first step, evaluations and saving are not counted.
+    """
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -128,7 +131,7 @@ class Speedometer(TrainerCallback):
         device.reset_peak()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Add the tokens and seconds of the step to the totals, and start the time of the next step."""
+        """Add the tokens and seconds of the step to the totals. The first step is only the start of the measurement."""
         now = time.perf_counter()
         if self._since is not None:
             self.seconds += now - self._since
@@ -157,7 +160,7 @@ class Speedometer(TrainerCallback):
 
 
 class EvaluationCutError(Exception):
-    """Ends an evaluation early because the run stops. When the run is resumed, the evaluation is repeated."""
+    """Ends an evaluation early, because a signal stops the run."""
 
 
 class StopCallback(TrainerCallback):
@@ -171,9 +174,12 @@ class StopCallback(TrainerCallback):
     ) -> None:
         """Raise ConfigError if the resumed run has no step left, because the training loop would still do one step."""
         if state.global_step >= state.max_steps:
+            remedy = 'Raise --max_steps or --num_train_epochs.'
+            if state.max_steps < self.trainer.deadline.asked:
+                remedy = 'The time of --max_minutes set this end. Remove --max_minutes to train more steps.'
             raise ConfigError(
                 f'--resume_from_checkpoint: no step is left to train. The checkpoint is of step {state.global_step}, '
-                f'and this run ends at step {state.max_steps}. Raise --max_steps or --num_train_epochs.'
+                f'and this run ends at step {state.max_steps}. {remedy}'
             )
 
     def on_step_end(
@@ -182,7 +188,7 @@ class StopCallback(TrainerCallback):
         """If any process has received a stop signal, request a checkpoint and the end of training.
 
         If an evaluation is due at this step, it is not done now. The run that resumes from the checkpoint does it
-        first.
+        first. After the last step nothing is changed, because the run ends anyway. Returns the control.
         """
         trainer = self.trainer
         if trainer.stop_agreed and state.global_step < state.max_steps:
@@ -198,7 +204,7 @@ class StopCallback(TrainerCallback):
         """Raise EvaluationCutError if any process has received a stop signal.
 
         Two evaluations are never stopped. One is the evaluation after the last step. The other is at the start of a
-        resumed run, and repeats an evaluation that was stopped.
+        resumed run, and replaces an evaluation that a signal prevented or stopped.
         """
         trainer = self.trainer
         if trainer.evaluation_pending or state.global_step >= state.max_steps:
@@ -248,7 +254,8 @@ class EarlyStop(TrainerCallback):
     ) -> TrainerControl:
         """Compare the metric with the best value so far. Returns the control.
 
-        After `patience` evaluations without improvement, a checkpoint and the end of training are requested.
+        After `patience` evaluations in a row without a new best value, a checkpoint and the end of training are
+        requested.
         """
         name = f'eval_{args.metric_for_best_model}'
         value = (metrics or {})[name]
@@ -272,17 +279,23 @@ class EarlyStop(TrainerCallback):
 class EndedEarlyError(Exception):
     """Ends a resumed run before its first step.
 
-    Some resumed runs begin with an evaluation that a stop signal had cut short. --early_stop can end training after
-    this evaluation.
+    Some resumed runs begin with an evaluation that a stop signal had prevented or cut short. --early_stop can end
+    training after this evaluation.
     """
 
 
 def peak_memory_gib() -> float:
-    """Return the peak memory of this process in GiB: the sum over all GPUs, or resident memory if there is no GPU."""
+    """Return the peak memory of this process in GiB: of all its tensors on GPUs, or of the process if there is no GPU.
+
+    On a Mac, the GPU memory that is reserved now is returned, because the peak is not measured.
+    """
     peak = system.peak_resident_bytes() if device.kind() == 'cpu' else device.peak_bytes()
     return round(peak / 2**30, 3)
 
 
 def peak_reserved_gib() -> float | None:
-    """Return the most memory that the allocator of torch reserved on all devices in GiB, or None on a CPU."""
+    """Return the most memory that the allocator of torch reserved in GiB, or None on a CPU.
+
+    It is the sum over all devices. On a Mac, the memory that is reserved now is returned.
+    """
     return None if device.kind() == 'cpu' else round(device.peak_reserved_bytes() / 2**30, 3)

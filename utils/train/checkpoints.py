@@ -1,7 +1,7 @@
 """Write checkpoints and resume from them.
 
-A checkpoint is either complete or does not exist, and it contains no pickle. A resumed run continues with the bitwise
-same state.
+A checkpoint is either complete or does not exist. It contains no pickle, except the files that DeepSpeed writes. With
+the same number of processes and the same kind of device, a resumed run continues with the bitwise same state.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def use_settings(optimizer: Any, schedule: Any, settings: Sequence[dict[str, Any
 
 
 def check_targets(model: PeftModel, checkpoint: Path) -> None:
-    """Raise ConfigError if the adapter of a checkpoint and the adapter of the model are on different layers."""
+    """Raise ConfigError if the adapter of a checkpoint and the adapter of the model are on different layers.
+
+    The layers of which the adapters have full weights (--lora_modules_to_save) must be the same too.
+    """
     stored = read_json(checkpoint / 'adapter_config.json', remedy='Use another checkpoint of the run.')
     found = _targets(stored)
     wanted = _targets(model.peft_config['default'].to_dict())
@@ -106,7 +109,8 @@ class Checkpoints:
         # The Run is stored and not its record, because the record may be replaced until the training starts.
         self.run = run
         self.images = images
-        # At most this many checkpoints are kept (--save_total_limit). The best checkpoint is always kept.
+        # This many checkpoints are kept (--save_total_limit), or all if it is 0 or below. The best and the last
+        # checkpoint are always kept while the run trains.
         self.limit = limit
         # The tensors of the base that its class does not load. None before the first checkpoint.
         self._unloaded: dict[str, TensorRange] | None = None
@@ -114,7 +118,8 @@ class Checkpoints:
     def save(self) -> None:
         """Write the checkpoint of this step. If there are more checkpoints than the limit, delete old checkpoints.
 
-        Raises ConfigError if the checkpoint cannot be written. The message names the last complete checkpoint.
+        The best checkpoint is never deleted. Raises ConfigError if the checkpoint cannot be written. The message names
+        the last complete checkpoint.
         """
         trainer = self.trainer
         trainer.store_flos()
@@ -129,14 +134,14 @@ class Checkpoints:
             remedy = f'use --resume_from_checkpoint {last}' if last else 'start again.'
             raise ConfigError(
                 f'{checkpoint} could not be written: {failure}. No older checkpoint was changed. The last complete '
-                f'checkpoint is {last or "none yet"}. The disk has {gib:.1f} GiB free. Delete files to make room, '
-                f'then {remedy}'
+                f'checkpoint of this run is {last or "none yet"}. The disk has {gib:.1f} GiB free. If this is too '
+                f'little, delete files. Then {remedy}'
             )
 
         if trainer.args.should_save:
             pickles = [str(p.relative_to(checkpoint)) for p in checkpoint.rglob('*') if p.suffix in PICKLE_SUFFIXES]
             says = (
-                f'{checkpoint.name} was renamed into place once it was complete on disk, with the sha256 of each file'
+                f'{checkpoint.name} was renamed into place once it was complete on disk, with the sha256 of its files'
             )
             outcome = {'passed': True, 'says': says, 'pickled_by_deepspeed': sorted(pickles)}
             record_proof(run_dir, 'checkpoints', outcome)
@@ -145,7 +150,8 @@ class Checkpoints:
     def keep_only_best(self) -> None:
         """With --save_total_limit 1, delete the last checkpoint if an earlier checkpoint is the best one.
 
-        Call this after training.
+        Call this after training. Does nothing if a signal stopped the training, because a resumed run needs the last
+        checkpoint.
         """
         trainer = self.trainer
         if trainer.args.should_save and self.limit == 1 and not trainer.stopped:
@@ -188,7 +194,10 @@ class Checkpoints:
         return failure
 
     def write_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
-        """Write weights, tokenizer, image processor and sft_args.json to the folder. No file is a pickle."""
+        """Write weights, tokenizer, image processor and sft_args.json to the folder. No file is a pickle.
+
+        With sharded weights, every process writes its part. Otherwise only the main process writes.
+        """
         trainer = self.trainer
         if not trainer.args.should_save and not trainer.is_distributed_loading_by_transformers:
             return  # only with sharded weights all processes continue here, because each has a part of the weights
@@ -208,7 +217,10 @@ class Checkpoints:
         self.run.record.write(folder)
 
     def _write_unloaded(self, folder: Path) -> None:
-        """Write UNLOADED_FILE in the folder: the tensors of the base that the class of the model does not load."""
+        """Write UNLOADED_FILE in the folder: the tensors of the base that the class of the model does not load.
+
+        Writes nothing if there are no such tensors.
+        """
         if self._unloaded is None:
             flags = self.run.record.flags
             names = flags.get('model_type'), flags.get('model_id_or_path')
@@ -264,7 +276,7 @@ class Checkpoints:
 
         transformers' trainer loads weights by name. Some classes save weights in a different layout than in memory, for
         example each expert as a separate tensor. The trainer would ignore such tensors and keep the base model's
-        weights, so they are loaded here.
+        weights, so they are loaded here. Raises ConfigError if the adapter of the checkpoint is on other layers.
         """
         model = self.trainer.model
         if isinstance(model, PeftModel):
@@ -285,7 +297,8 @@ class Checkpoints:
     def load_optimizer(self, checkpoint: Path) -> None:
         """Restore the states of optimizer, schedule and loss scale, except those that DeepSpeed has restored itself.
 
-        Learning rate, weight decay, betas and epsilon come from the flags of the resumed run, not from the checkpoint.
+        Without DeepSpeed, learning rate, weight decay, betas and epsilon come from the flags of the resumed run, not
+        from the checkpoint. Also restores the timetable of --max_minutes, and the size of joined micro-batches.
         """
         trainer = self.trainer
         tree = load_tree(checkpoint / OPTIMIZER_STATE)
@@ -311,8 +324,9 @@ class Checkpoints:
     def load_process(self, checkpoint: Path) -> None:
         """Restore the state of this process: random generators, guard, logging and early stop.
 
-        Also restores `evaluation_pending`, which says whether an evaluation has to be repeated. Logs a warning if the
-        number of processes or the device has changed.
+        Also restores `evaluation_pending`, which says whether the evaluation of this step still has to be done. Logs a
+        warning if the number of processes or the kind of device has changed. Raises ConfigError if --early_stop allows
+        no further step.
         """
         trainer = self.trainer
         states = load_tree(checkpoint / PROCESS_STATES)

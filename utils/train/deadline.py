@@ -258,8 +258,8 @@ class Deadline(TrainerCallback):
         steps = timetable.segments[0].steps if timetable.segments else self.asked
         if end == state.global_step:
             logger.warning(
-                f'--max_minutes {self.minutes:g}: the time is over after step {end} of {planned}, before the learning '
-                'rate reached the end of its schedule.'
+                f'--max_minutes {self.minutes:g}: the time is over, so training ends after step {end} of {planned}, '
+                'before the learning rate reached the end of its schedule.'
             )
             control.should_training_stop = True
             control.should_save = True

@@ -14,7 +14,7 @@ from typing import Any
 from utils.base.logger import logger
 
 _UNUSED = re.compile(r'unused|reserved|placeholder|extra_?\d', re.I)
-# About this many unused tokens, and as many words, are taken as samples. This number is enough for a median.
+# At least this many unused tokens, and as many words, are taken as samples. This number is enough for a median.
 _SAMPLE = 64
 # A row whose norm is below this fraction of the median norm of words counts as zero.
 _ZERO = 1e-3
@@ -38,19 +38,26 @@ def warn_of_untrained_ends(
     untrained = untrained_ids(model.get_output_embeddings(), tokenizer, ends)
     if untrained:
         names = ', '.join(repr(tokenizer.convert_ids_to_tokens(token)) for token in untrained)
+        remedy = 'Use --sft_type full, or the chat model of this base.'
+        if tokenizer.eos_token_id not in untrained:
+            remedy = (
+                'Use --sft_type full, the chat model of this base, or a --template_type whose replies end with '
+                f'{tokenizer.eos_token!r}, e.g. default.'
+            )
         logger.warning(
             f'--template_type: replies end with {names}. The base model never learnt these tokens, and LoRA does not '
-            'train their rows in the output head. So the trained model may not end its answers. Use --sft_type full, '
-            f'the chat model of this base, or a --template_type whose replies end with {tokenizer.eos_token!r}, e.g. '
-            'default.'
+            f'train their rows in the output head. So the trained model may not end its answers. {remedy}'
         )
 
 
 def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
     """Return those of `ids` that the base model never learnt. `head` is the output head, with one row for each token.
 
-    An id is returned if its row looks like the rows of unused tokens, such as <unused1>. Returns an empty list if the
-    head is sharded or quantised. Returns an empty list also if the rows of unused tokens look like the rows of words.
+    An id is returned if its row looks like the rows of unused tokens, such as <unused1>. The result has the order of
+    `ids`.
+
+    Returns an empty list if the rows cannot be compared. This is so if the head is sharded or quantised, if there are
+    fewer than 4 unused tokens, or if the rows of unused tokens look like the rows of words.
     """
     import torch
 
@@ -104,5 +111,5 @@ def untrained_ids(head: Any, tokenizer: Any, ids: Iterable[int]) -> list[int]:
 
 
 def _sample(tokens: list[int]) -> list[int]:
-    """Return evenly spaced tokens: about _SAMPLE of them, or all tokens if there are fewer."""
+    """Return evenly spaced tokens: from _SAMPLE to 2 * _SAMPLE of them, or all tokens if there are fewer."""
     return tokens[:: max(1, len(tokens) // _SAMPLE)]

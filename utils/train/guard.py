@@ -59,9 +59,12 @@ class _Taken:
 class Guard(TrainerCallback):
     """Stops a run if the loss or the gradient norm of a step is not finite, before the step changes the weights.
 
-    On a CPU, the guard checks a step before the optimizer runs. On a GPU, reading loss and norm at this point would
-    leave the GPU without work. So the optimizer itself skips a step whose loss or norm is not finite. The guard reads
-    the values one step later, but before anything is logged, saved or evaluated.
+    In most runs, the guard checks a step before the optimizer runs. On CUDA with the fused AdamW of torch, reading loss
+    and norm at this point would leave the GPU without work. So this optimizer itself skips a step whose loss or norm is
+    not finite. The guard reads the values one step later, but before anything is logged, saved or evaluated.
+
+    In fp16, steps whose norm is not finite are normal: the optimizer skips them. The guard stops the run only if 20
+    steps in a row are skipped.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -91,9 +94,10 @@ class Guard(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the last step, if it is not checked yet.
+        """Check the last step, if it is not checked yet. Then check that training has changed the weights.
 
-        Raises ConfigError if all weights are bitwise identical to the weights before training.
+        Raises ConfigError if all trained weights are bitwise identical to the weights before training. The A weights of
+        LoRA are not compared. A resumed run, and a run that a signal stopped, may end without a change.
         """
         self.settle()
         if self._fingerprint_at_start is None or self.trainer.stopped:
@@ -128,11 +132,13 @@ class Guard(TrainerCallback):
     ) -> None:
         """Check the loss and the gradients of a step, and log a warning if the loss is a spike.
 
-        Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
+        Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero although the loss
+        is not. In fp16, a step with gradients that are not finite is skipped, and the error comes at the 20th skipped
+        step in a row.
 
         The function `judges_late` decides which step is checked. If `judges_late` returns False, the current step is
-        checked. If `judges_late` returns True, each step is checked one call later. In that case, the optimizer skips
-        a step whose loss or gradients are not finite, and the next call raises ConfigError for this step.
+        checked. If `judges_late` returns True, each step is checked by the next call, or earlier by `settle`. In that
+        case, the optimizer skips a step whose loss or gradients are not finite, and the error comes with the check.
         """
         step = state.global_step + 1
         if not judges_late(self.trainer):
@@ -153,7 +159,7 @@ class Guard(TrainerCallback):
     def settle(self) -> None:
         """Check the loss and the gradients of the last step, if they are not checked yet.
 
-        Every process must call this at the same step.
+        Every process must call this at the same step. Raises ConfigError in the same cases as `judge`.
         """
         if self._taken is None:
             return
@@ -163,7 +169,7 @@ class Guard(TrainerCallback):
         self._conclude(before, losses, norm, dist.sums(_to_sum(losses, norm)))
 
     def _conclude(self, taken: _Taken, losses: list[float], norm: float, sums: Sequence[float]) -> None:
-        """Check the step `taken`, and log a warning if its loss is a spike.
+        """Check the step `taken` as `_verdict` does, and log a warning if the loss of the step is a spike.
 
         `losses` are the losses of the micro-batches on this process, and `norm` is the gradient norm on this process.
         `sums` has three sums over all processes: the loss, the number of processes whose loss is not finite, and the
@@ -175,8 +181,10 @@ class Guard(TrainerCallback):
     def judge(self, where: str) -> tuple[float, list[float]]:
         """Check the loss and the gradients of a step. `where` names the step in messages, e.g. 'step 5'.
 
-        Returns the loss of the step over all processes, and the losses of this process's micro-batches. Raises
-        ConfigError if the loss or the gradients are not finite, or if every gradient is zero.
+        Returns the loss of the step over all processes, and the losses of this process's micro-batches.
+
+        Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero although the loss
+        is not. In fp16, gradients that are not finite raise ConfigError only at the 20th such step in a row.
 
         Also sets two attributes to the same value in all processes. `trainer.stop_agreed` says whether any process has
         received a stop signal. `trainer.deadline.agreed` is the new last step of the run. If the planned last step does
@@ -211,8 +219,10 @@ class Guard(TrainerCallback):
         """Return the loss of a step over all processes.
 
         `sums` has three sums over all processes: the loss, the number of processes whose loss is not finite, and the
-        number of processes whose norm is not finite. Raises ConfigError if the loss or the gradients are not finite, or
-        if every gradient is zero.
+        number of processes whose norm is not finite. If `norm` is None, the gradients are not checked.
+
+        Raises ConfigError if the loss or the gradients are not finite, or if every gradient is zero although the loss
+        is not. In fp16, gradients that are not finite raise ConfigError only at the 20th such step in a row.
         """
         total, any_bad_loss, any_bad_norm = sums
         loss = total / dist.world_size()
@@ -262,11 +272,12 @@ class Guard(TrainerCallback):
                 f'{_listed(rows)}. Lower --learning_rate, or use --dtype fp32 to see whether precision is the cause.'
             )
         if norm == 0 and loss > _MEMORISED_LOSS:
-            count = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
+            # Under ZeRO-3 a parameter has only a part of its values here. ds_numel counts all of them.
+            sizes = [getattr(p, 'ds_numel', p.numel()) for p in self.trainer.model.parameters() if p.requires_grad]
             self._end(
-                f'{where}: the loss is {loss:.4g}, but every gradient is exactly zero. None of the {count:,} trainable '
-                'parameters affects the loss, so nothing would be learnt. Frozen or detached layers, or underflow with '
-                '--dtype fp16, cause this. Use --dtype fp32 or --gradient_checkpointing false.'
+                f'{where}: the loss is {loss:.4g}, but every gradient is exactly zero. None of the {sum(sizes):,} '
+                'trainable parameters affects the loss, so nothing would be learnt. Frozen or detached layers, or '
+                'underflow with --dtype fp16, cause this. Use --dtype fp32 or --gradient_checkpointing false.'
             )
 
     def _judge_spike(self, step: int, loss: float, losses: list[float], batches: Sequence[dict[str, Any]]) -> None:
@@ -304,7 +315,9 @@ class Guard(TrainerCallback):
 
     def _end(self, problem: str) -> NoReturn:
         last = last_checkpoint(Path(self.trainer.args.output_dir))
-        raise ConfigError(f'{problem} Nothing of this step is saved; the last good checkpoint: {last or "none yet"}.')
+        raise ConfigError(
+            f'{problem} Nothing of this step is saved; the last good checkpoint of this run: {last or "none yet"}.'
+        )
 
     def _origins(self, batch: dict[str, Any]) -> list[str]:
         return [self.trainer.train_dataset.origin(index) for index in batch['rows'].flatten().tolist()]
@@ -312,8 +325,8 @@ class Guard(TrainerCallback):
     def _bad_rows(self, batch: dict[str, Any]) -> list[str]:
         """Return the origins (file and line) of the rows that make the loss of a micro-batch NaN or infinite.
 
-        The loss of each row is computed separately. If every separate loss is finite, or if the model is sharded, the
-        origins of all rows of the micro-batch are returned.
+        The loss of each row is computed separately. If every separate loss is finite, the origins of all rows of the
+        micro-batch are returned. With DeepSpeed or FSDP, they are returned without a computation.
         """
         trainer = self.trainer
         origins = self._origins(batch)
@@ -332,10 +345,10 @@ class Guard(TrainerCallback):
 
 
 def judges_late(trainer: Any) -> bool:
-    """Return whether the guard checks each step only after the next step was computed.
+    """Return whether the guard checks each step only after the gradients of the next step are computed.
 
-    It does so only on a CUDA device with the fused AdamW of torch. This optimizer itself can skip a step whose loss or
-    norm is not finite.
+    It does so only on CUDA with the fused AdamW of torch, and not in fp16 or with DeepSpeed or FSDP. The fused AdamW
+    itself can skip a step whose loss or norm is not finite.
     """
     if device.kind() != 'cuda' or trainer.accelerator.scaler is not None:
         return False
@@ -359,14 +372,14 @@ def weight_fingerprint(model: torch.nn.Module) -> list[int]:
     """Return one checksum for each trainable weight, to find out whether training changes the model.
 
     The A weights of an adapter are left out. Weight decay changes A from the first step on, but the adapter has no
-    effect as long as B is zero. A checksum is the sum of the weight's values, read as integers of the same width.
+    effect as long as B is zero. A checksum is the sum of the weight's values, read as integers of the same width. If
+    the weights are sharded, only the parts on this process count.
     """
     found: list[int] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or 'lora_A' in name or 'lora_embedding_A' in name:
             continue
-        # If weights are sharded, only the part on this process is used. DeepSpeed stores it in `ds_tensor`, FSDP in a
-        # DTensor.
+        # DeepSpeed stores the part on this process in `ds_tensor`, and FSDP in a DTensor.
         part: Any = getattr(parameter, 'ds_tensor', parameter)
         part = part.to_local() if isinstance(part, DTensor) else part.detach()
         words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
@@ -394,12 +407,12 @@ def check_positions(model: Any, longest: int) -> None:
     if tables:
         raise ConfigError(
             f'--max_length: {type(model).__name__} has positions for {limit} tokens ({tables[0]}), and the longest row '
-            f'has {longest} tokens. Use --max_length {limit} or less, which cuts the front of longer rows.'
+            f'has {longest} tokens. Use --max_length {limit} or less. --overlong says what then happens to longer rows.'
         )
     logger.warning(
         f'--max_length: the longest row has {longest} tokens, but {type(model).__name__} was made for at most {limit} '
-        f'(max_position_embeddings). The model may learn little from later tokens. Use --max_length {limit} to cut '
-        'such rows.'
+        f'(max_position_embeddings). The model may learn little from later tokens. Training continues. Use '
+        f'--max_length {limit} to avoid such rows.'
     )
 
 

@@ -71,8 +71,8 @@ class GenerationMetrics:
     """Scores generated ids against the ids of the labels. The trainer calls it after each evaluation.
 
     The main process computes the scores and sends them to the other processes, because a score function of the user can
-    return different numbers in each process. If the main process cannot compute the scores, every process raises the
-    same ConfigError.
+    return different numbers in each process. If the scores raise a ConfigError in the main process, every process
+    raises it.
 
     `held_out` is for score functions of the user. It is a dict from the origin of a validation row (its file and line)
     to the row.

@@ -47,7 +47,9 @@ def find_targets(
 
     `wanted` are the words of --lora_target_modules. Modules inside the modules `frozen` get no LoRA. An expert
     parameter is the stacked weight of all experts of a layer, given by the end of its path, e.g. experts.down_proj.
-    Raises ConfigError if a word of `wanted` matches nothing.
+
+    Raises ConfigError if a word other than all-linear matches nothing, or if it names a layer on which PEFT cannot put
+    LoRA.
     """
     paths = list(linear_layers(model, frozen))
     experts = expert_names(model)
@@ -87,7 +89,7 @@ def _no_match(model: PreTrainedModel, word: str, paths: Sequence[str], experts: 
 
 
 def say_what_all_adds(model: PreTrainedModel, args: SftArguments) -> str | None:
-    """Return a line that says which layers all-linear would add to --lora_target_modules.
+    """Return a line that says how many layers and parameters all-linear would add to --lora_target_modules.
 
     Returns None for full fine-tuning, or if all linear layers get LoRA already. Call this before the model gets its
     adapter.
@@ -121,6 +123,7 @@ def prepare_model(
 
     With --sft_type lora, the model is returned as a PeftModel with fp32 adapters. With --sft_type full, `model` itself
     is returned. `token_ids` are the ids of new tokens (--new_tokens), whose rows of embedding and head are trained.
+    Raises ConfigError if a flag about the adapter does not fit the model.
 
     `base` and `family` are only used for --adapter. `base` is the folder of the base model. `family` is the name of its
     Family (utils/loading/legacy), or None.
@@ -153,7 +156,7 @@ def prepare_model(
 def _fuse_layers(model: PreTrainedModel, args: SftArguments) -> None:
     """Fuse norms, gated MLPs and attention layers as the flags say, and log how many were fused.
 
-    Sharded models are not changed.
+    Attention layers are fused only on CUDA. Sharded models are not changed.
     """
     from utils.fast.gated_mlp import fuse_gates
     from utils.fast.norm import fuse_norms
@@ -212,7 +215,7 @@ def _put_adapter(
 ) -> Any:
     """Return the model with a new LoRA adapter, or with the adapter of --adapter.
 
-    Raises ConfigError if a word of --lora_target_modules matches nothing, or if there is no layer for LoRA.
+    Raises ConfigError if a flag about the adapter does not fit the model, or if there is no layer for LoRA.
     """
     from utils.fast.frozen import fuse_packed
     from utils.fast.lora import fuse_lora
@@ -272,8 +275,10 @@ def _say_how_experts_are_served(parameters: Sequence[str]) -> None:
 def _find_places(model: PreTrainedModel, args: SftArguments, frozen: Sequence[str], decide: Decide) -> _Places:
     """Return the modules and parameters that the adapter changes.
 
-    If a flag gives a word such as all-linear instead of layer names, `decide` is called with the names of the layers.
-    Raises ConfigError if there is no layer for LoRA, or if another flag does not work with LoRA on expert parameters.
+    If the words of a flag are not yet the names of the layers, e.g. all-linear, `decide` is called with the names.
+
+    Raises ConfigError if there is no layer for LoRA, or if a word of --lora_target_modules or --lora_modules_to_save
+    cannot be used. Also raises ConfigError if another flag does not work with LoRA on expert parameters.
     """
     from utils.train.saved_modules import find_saved, with_tied
 
@@ -329,7 +334,10 @@ def _warn_of_towers(model: PreTrainedModel, places: _Places, towers: Sequence[st
 def _add_adapter(
     model: PreTrainedModel, args: SftArguments, places: _Places, frozen: Sequence[str], start: _Start
 ) -> Any:
-    """Return the model with the adapter of --adapter, or else with a new adapter."""
+    """Return the model with the adapter of --adapter, or else with a new adapter.
+
+    Raises ConfigError if the adapter of --adapter is not on the layers of `places`.
+    """
     from peft import get_peft_model
 
     from utils.loading.adapter import load_adapter
@@ -396,9 +404,9 @@ def _check_layers(model: Any, args: SftArguments, expected: Sequence[str], param
     names = sorted({*map(last_name, found), *experts})
     raise ConfigError(
         f'--lora_target_modules {" ".join(args.lora_target_modules or [])}: these are not the layers of the adapter in '
-        f'{args.adapter}. The adapter is on {len(found)} layers ({", ".join(names)}), and the flag selects '
-        f'{len(expected)}. Remove --lora_target_modules to use the layers of the adapter, or train a new adapter '
-        'without --adapter.'
+        f'{args.adapter}. The adapter is on {len(found) + len(experts)} layers ({", ".join(names)}), and the flag '
+        f'selects {len(expected) + len(parameters)}. Remove --lora_target_modules to use the layers of the adapter, or '
+        'train a new adapter without --adapter.'
     )
 
 

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 
 class RowLosses(TrainerCallback):
-    """Writes the losses of some validation rows before and after training.
+    """Writes the losses of all validation rows after training, and of `count` of them before training.
 
-    With LoRA, the losses before training are computed at the end, with the adapter switched off. With --sft_type full,
-    they are computed before the first step. A resumed run reads them from the folder of the run that wrote the
-    checkpoint. The losses after training are those of the last evaluation, so they are not computed again.
+    With LoRA, the losses before training are computed at the end, with the adapter switched off. So with --adapter they
+    are the losses of the base model without the given adapter.
+
+    With --sft_type full, the losses before training are computed before the first step. A resumed run reads them from
+    the folder of the run that wrote the checkpoint. The losses after training are those of the last evaluation, so they
+    are not computed again.
     """
 
     def __init__(self, trainer: SftTrainer, count: int, resumed_from: str | None) -> None:
@@ -73,7 +76,10 @@ class RowLosses(TrainerCallback):
             set_random_state(random)
 
     def finish(self) -> None:
-        """Write rows.jsonl. With LoRA, first compute the losses without the adapter. Every process must call this."""
+        """Write rows.jsonl. With LoRA, first compute the losses without the adapter. Every process must call this.
+
+        Does nothing if no evaluation has computed losses.
+        """
         trainer = self.trainer
         if trainer.last_sums is None:
             return

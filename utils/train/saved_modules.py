@@ -1,6 +1,7 @@
 """--lora_modules_to_save: layers whose full weights are trained, besides the adapter, and stored with the adapter.
 
 PEFT trains a copy of each layer. The copy is held in fp32, like the adapter, and computes in the dtype of the model.
+With DeepSpeed, the copy keeps the dtype of the model, and DeepSpeed holds its values in fp32.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def find_saved(
     `adapted` are the paths of the layers that get LoRA. `frozen` are the paths of modules that are not trained.
 
     Raises ConfigError if a word matches no layer, or if it matches a module that contains several layers. Also raises
-    ConfigError if a matched layer gets LoRA or has quantised weights.
+    ConfigError if a matched layer gets LoRA, has quantised weights, or is no linear layer, embedding or norm.
     """
     layers = {path: module for path, module in model.named_modules() if path and any(True for _ in module.parameters())}
     ends = {EMBEDDING: model.get_input_embeddings(), HEAD: model.get_output_embeddings()}
@@ -123,10 +124,10 @@ def check_saved(model: Any, args: SftArguments, expected: Sequence[str]) -> None
     if set(found) == set(expected):
         return
     raise ConfigError(
-        f'--lora_modules_to_save {" ".join(args.lora_modules_to_save or [])}: the flag selects {" ".join(expected)} of '
-        f'{type(base).__name__}, but the adapter in {args.adapter} stores full weights of '
-        f'{" ".join(found) or "no layer"}. Remove --lora_modules_to_save to use the layers of the adapter, or train a '
-        'new adapter without --adapter.'
+        f'--lora_modules_to_save {" ".join(args.lora_modules_to_save or [])}: the flag selects '
+        f'{" ".join(expected) or "no layer"} of {type(base).__name__}, but the adapter in {args.adapter} stores full '
+        f'weights of {" ".join(found) or "no layer"}. Remove --lora_modules_to_save to use the layers of the adapter, '
+        'or train a new adapter without --adapter.'
     )
 
 

@@ -1,6 +1,7 @@
 """Stops a run after SIGINT (Ctrl-C) or SIGTERM.
 
-After the first signal the run completes the step and writes a checkpoint. A second signal ends the process at once.
+After the first signal the run completes the step, or ends an evaluation early, and writes a checkpoint. A second signal
+ends the process at once.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _NOTICE = b'\nfinishing this step and writing a checkpoint; a second signal quit
 
 
 class StopSignals:
-    """A context in which the first SIGINT or SIGTERM is only stored in `signum`.
+    """A context in which the first SIGINT or SIGTERM is only stored in `signum`, and the user is told.
 
-    A second signal ends the process with exit status 128 + signal number.
+    A second signal ends the process with exit status 128 + signal number, unless it comes within a second of the first.
     """
 
     def __init__(self) -> None:

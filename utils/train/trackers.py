@@ -153,8 +153,11 @@ class TrackerCallback(TrainerCallback):
 def private_environment(name: str, clean: Clean) -> Iterator[None]:
     """A context in which a tracker reads no private values.
 
-    The user name and the tokens in the command line are replaced. Environment variables that ask for uploads are
-    removed. Other environment variables that the user set for the tracker are not changed.
+    In sys.argv, tokens, the home folder and user names in paths are replaced. The environment variables that name the
+    user get the value `user`. Variables that ask the tracker for uploads are removed.
+
+    The project is named by one variable of the tracker, and other variables that name a project are removed. All other
+    variables that the user set for the tracker are not changed.
     """
     tracker = TRACKERS[name]
     changes: dict[str, str | None] = dict.fromkeys((*tracker.uploads, *tracker.project))

@@ -112,7 +112,7 @@ class SftTrainer(Seq2SeqTrainer):
         # Micro-batches of one step are joined into batches of up to this many tokens. If None, they are not joined.
         self.capacity: int | None = None
         # stop_agreed: all processes know that a process got a signal to stop. evaluation_pending: an evaluation was
-        # left out or ended early because of the signal, and the resumed run has to repeat it.
+        # left out or ended early because of the signal, and the resumed run has to do it.
         self.stop_agreed = False
         self.evaluation_pending = False
         # With True the base class counts the trained tokens of a step (num_items_in_batch) for any model. compute_loss
@@ -136,9 +136,10 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train until the last step or a stop signal, and return the output of the base class.
+        """Train until the last step, --early_stop or a stop signal, and return the output of the base class.
 
-        With --save_total_limit 1, only the best checkpoint remains after the last step.
+        With --save_total_limit 1, one checkpoint remains unless a signal stopped the training: the best one, or the
+        last one if there were no evaluations.
         """
         with self.signals:
             output = super().train(*args, **kwargs)
@@ -164,7 +165,10 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the base class returns: the wrapped model and the data loader. Also make zero_grad faster."""
+        """Return what the base class returns: the wrapped model and the data loader.
+
+        Also make zero_grad faster, except with DeepSpeed.
+        """
         model, loader = super()._prepare_for_training(*args, **kwargs)
         if not self.is_deepspeed_enabled:
             clear_only_trained(model)
@@ -185,7 +189,10 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the sampler of rows. With --group_by_length the sampler sorts the rows within each step by length."""
+        """Return the sampler of rows. With --group_by_length the sampler sorts the rows within each step by length.
+
+        With --group_by_length, `order` is set to the sampler, and `capacity` is set if micro-batches can be joined.
+        """
         order = super()._get_train_sampler(train_dataset)
         if not self.groups_by_length or not isinstance(order, RandomSampler):
             return order
@@ -255,7 +262,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the batch on the device. It is sent in one copy, and the CPU does not wait for it."""
+        """Return the batch on the device. It is sent in one copy. With pinned memory, the CPU does not wait."""
         sent = on_device(inputs, self.args.device)
         if not self.is_deepspeed_enabled:
             return sent
@@ -264,9 +271,10 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Return the loss of one micro-batch, and pass it to the guard, which checks it (see Guard).
+        """Compute the loss and the gradients of one micro-batch, and return the loss.
 
-        Returns 0 for a micro-batch that is empty because all its rows were joined to other micro-batches.
+        The loss is also passed to the guard, which checks it (see Guard). Returns 0 for a micro-batch that is empty
+        because all its rows were joined to other micro-batches.
         """
         if not inputs:
             return torch.zeros((), device=self.args.device)
@@ -300,8 +308,8 @@ class SftTrainer(Seq2SeqTrainer):
     ) -> Any:
         """Return the contribution of a micro-batch to the loss of the step.
 
-        It is the summed loss of the micro-batch, divided by the number of trained tokens in the whole step. It is
-        multiplied by the number of processes, because gradients are averaged over processes.
+        It is the summed loss of the micro-batch, divided by the number of trained tokens in the step of all processes.
+        It is multiplied by the number of processes, because gradients are averaged over processes.
         """
         self.speedometer.count(inputs)
         assert num_items_in_batch is not None, 'the collator always returns labels'
@@ -315,7 +323,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Clip the gradients, and return their norm. BF16AdamW clips the gradients later, in its method `step`."""
+        """Clip the gradients, and return their norm before clipping. BF16AdamW clips later, in its method `step`."""
         inner = self.optimizer.optimizer  # inside the wrapper of accelerate
         if isinstance(inner, BF16AdamW):
             return inner.clip(self.args.max_grad_norm)
@@ -329,7 +337,7 @@ class SftTrainer(Seq2SeqTrainer):
 
     @overrides(Seq2SeqTrainer)
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Let the guard check the step (see Guard), and then log, save and evaluate as the control says."""
+        """Log, evaluate and save as the control says. If anything is to be done, the guard checks the step first."""
         control = self.control
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self.guard.settle()
@@ -369,7 +377,8 @@ class SftTrainer(Seq2SeqTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, and return the metrics by name. If a signal ends the evaluation early, return {}.
 
-        In this case the random state from before the evaluation is restored, and a checkpoint is requested.
+        In this case the random state from before the evaluation is restored, and a checkpoint and the end of training
+        are requested. Raises ConfigError if the loss of a row is not finite.
         """
         before = random_state()
         try:
@@ -388,7 +397,7 @@ class SftTrainer(Seq2SeqTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Return the evaluation result of the base class, in which each row is counted exactly once.
 
-        Raises ConfigError if the loss of a row is not finite.
+        Raises ConfigError if the loss of a row is not finite. With --predict_with_generate, there is no loss to check.
         """
         # accelerate fills up the last batches with repeated rows. gather_for_metrics removes these rows; the function
         # that Seq2SeqTrainer.evaluate sets would keep them.
@@ -402,7 +411,10 @@ class SftTrainer(Seq2SeqTrainer):
         return output
 
     def sums_by_row(self, rows: EncodedRows) -> Any:
-        """Return (N, 3) for N rows: summed loss, hits (correctly predicted tokens) and trained tokens of each row."""
+        """Return (N, 3) for N rows: summed loss, hits (correctly predicted tokens) and trained tokens of each row.
+
+        Raises EvaluationCutError if a stop signal arrives before the last step of the run is complete.
+        """
         self.gather_function = self.accelerator.gather_for_metrics
         loader = self.get_eval_dataloader(rows)
         return super().evaluation_loop(loader, 'rows', prediction_loss_only=False).predictions
@@ -489,7 +501,7 @@ class SftTrainer(Seq2SeqTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the random state, the guard and the logging state of this process from a checkpoint.
 
-        An evaluation that a stop signal had cut short is repeated.
+        If a stop signal had prevented an evaluation or cut it short, the evaluation is done now.
         """
         if checkpoint is None:
             return
@@ -499,10 +511,10 @@ class SftTrainer(Seq2SeqTrainer):
             self._finish_cut_evaluation(checkpoint)
 
     def _finish_cut_evaluation(self, checkpoint: str) -> None:
-        """Repeat an evaluation that a stop signal had cut short.
+        """Do the evaluation that a stop signal had prevented or cut short.
 
-        If `checkpoint` is better than all earlier checkpoints, it becomes the best checkpoint. Raises EndedEarlyError
-        if --early_stop ends the run now.
+        If a checkpoint was due at this step, and `checkpoint` is better than all earlier checkpoints, it becomes the
+        best checkpoint. Raises EndedEarlyError if --early_stop ends the run now.
         """
         metrics = self.evaluate()
         self.evaluation_pending = False
@@ -612,7 +624,7 @@ def build_trainer(
 
 
 def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> IndexedRows:
-    """Return the training rows: sorted with --test_oom_error, packed with --packing, otherwise unchanged.
+    """Return the training rows: packed with --packing, the longest first with --test_oom_error, else unchanged.
 
     With several processes, rows without loss are added, so that each process has the same number of rows.
     """
@@ -634,7 +646,10 @@ def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> Index
 def _optimizer_of_bf16(
     args: SftArguments, training: TrainingArguments
 ) -> tuple[type[BF16AdamW], dict[str, Any]] | None:
-    """Return the class and the settings of the optimizer of bf16 weights. Returns None if the weights are not bf16."""
+    """Return the class and the settings of the optimizer of bf16 weights.
+
+    Returns None with LoRA, and with --full_weights other than bf16.
+    """
     if args.sft_type != 'full' or args.full_weights != 'bf16':
         return None
     settings = {
@@ -653,7 +668,11 @@ def _metrics(setup: TrainerSetup, sets: ValidationSets) -> Metrics:
 
 
 def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: TrainerSetup) -> SftTrainer:
-    """Return a trainer that writes no log files. Rows are concatenated if the model allows it, otherwise padded."""
+    """Return a trainer that has no trackers. `build_trainer` adds the trackers of --report_to.
+
+    Rows are concatenated if --padding_free and the model allow it, otherwise padded. Raises ConfigError if the model
+    has too few positions for the longest row.
+    """
     base = model.get_base_model() if args.sft_type == 'lora' else model
     longest = max([*data.train.lengths(), *data.val.lengths()])
     check_positions(base, longest)

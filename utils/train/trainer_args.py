@@ -113,8 +113,9 @@ def make_schedule(
 ) -> LambdaLR:
     """Return the learning-rate schedule of transformers, with a different warm-up and with a lowest rate.
 
-    `warmup` is a share of the steps if it is below 1, else a number of steps. With w warm-up steps, step k (counted
-    from 0) has (k + 1) / (w + 1) of the learning rate. In transformers, step 0 has rate 0 and changes no weight.
+    `warmup` is a share of the steps if it is below 1, else a number of steps. At most half of the steps are warm-up.
+    With w warm-up steps, step k (counted from 0) has (k + 1) / (w + 1) of the learning rate. In transformers, step 0
+    has rate 0 and changes no weight.
 
     With `min_lr_ratio`, the schedule ends at this share of the learning rate. `decay_ratio` is for the schedule
     warmup_stable_decay. It is the share of all steps in which the rate decays.
