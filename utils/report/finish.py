@@ -66,6 +66,8 @@ def finish_run(
 ) -> Path:
     """Write run.json, the curves and the report, and log the commands to run next. Returns the best checkpoint.
 
+    If no checkpoint was found to be the best, returns the last one.
+
     `asked` generates the answers of the trained model, and writes answers.json. `started` is the time.time() at the
     start of the run. `data` has the facts about the rows for run.json.
     """
