@@ -323,8 +323,8 @@ def val_size(t: Translation, key: str) -> None:
 def _read_info(t: Translation, folder: Path, dataset_info: Path | None) -> Mapping[str, Any]:
     """Return the entries of dataset_info.json. Each entry also gets the key `in`, the folder of the file.
 
-    If the recipe's folder has no such file, returns an empty dictionary. Raises ConfigError if the file `dataset_info`
-    does not exist.
+    If `dataset_info` is None, the file is looked for in the data folder that the recipe names. If it is not there,
+    returns an empty dictionary. Raises ConfigError if the file `dataset_info` does not exist.
     """
     named = str(t.get('dataset_dir', 'data'))
     places = [dataset_info] if dataset_info else [Path(base, named, 'dataset_info.json') for base in (folder, Path())]

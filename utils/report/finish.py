@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 
 def resume_command(done: Ready[SftArguments], checkpoint: Path) -> str:
-    """Return the command line that resumes the run from a checkpoint. It has the typed flags except the hub token.
+    """Return the command line that resumes the run from a checkpoint.
 
-    --adapter is left out, because the checkpoint holds the adapter.
+    It has the typed flags that `typed_words` returns, so it has no hub token. --adapter is left out, because the
+    checkpoint holds the adapter.
     """
     words = [*typed_words(done, 'resume_from_checkpoint', 'adapter'), *flag_words('resume_from_checkpoint', checkpoint)]
     launcher = ['python']
