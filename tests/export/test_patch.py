@@ -227,7 +227,7 @@ REASONS: dict[str, tuple[Callable[[Path], None], dict[str, Any], dict[str, Any],
     'bin': (as_bin, {}, {}, 'the weights of the base are not in safetensors files'),
     '2023': (of_2023, {}, {}, 'the base has a layout of 2023'),
     'dtype': (lambda base: None, {}, {'dtype': 'float32'}, '--dtype asks for float32, and the base has bfloat16'),
-    'quantised': (quantised, {}, {}, 'quantised, as F8_E4M3'),
+    'quantised': (quantised, {}, {}, 'as F8_E4M3, and not as fp32, bf16 or fp16'),
     'shape': (lambda base: None, {'modules_to_save': ['lm_head']}, {}, 'lm_head.weight has another shape in the base'),
     'biases': (lambda base: None, {'bias': 'all'}, {}, 'the adapter sets bias'),
 }

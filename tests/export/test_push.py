@@ -155,7 +155,7 @@ def test_a_hub_that_refuses_never_stops_the_training(
     loopback.token = 'another'
     run = run_sft('--push_to_hub', 'true', '--max_steps', '1')
     assert (run / 'run.json').is_file()
-    assert 'checkpoint-1 could not be pushed: checkpoint-1: DeniedError' in caplog.text
+    assert 'checkpoint-1 could not be pushed, and the run goes on: checkpoint-1: DeniedError' in caplog.text
     assert (
         f'not all checkpoints were pushed. Run python -m utils.export.push {run}' in caplog.text
         and TOKEN not in caplog.text
@@ -174,7 +174,7 @@ def test_a_hub_that_hangs_never_stops_the_training(
     loopback.faults = [Fault('/', 'hang', 99)]
     run = run_sft('--push_to_hub', 'true', '--max_steps', '1')
     assert (run / 'run.json').is_file()
-    assert 'checkpoint-1 was not pushed in 4 s: the hub does not answer' in caplog.text
+    assert 'checkpoint-1 could not be pushed in 4 s, so this push was stopped' in caplog.text
     assert f'not all checkpoints were pushed. Run python -m utils.export.push {run}' in caplog.text
 
 

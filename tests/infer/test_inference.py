@@ -241,6 +241,10 @@ def test_chat_keeps_history_and_obeys_commands(tokenizer: Any) -> None:
     ]
     assert any('/nope: unknown command' in text for text in said)
     assert not chat.handle('/exit')
+    said.clear()
+    for line in ('/system new', '/system'):
+        chat.handle(line)
+    assert [line.split(',')[0] for line in said] == ['(system prompt set', '(system prompt removed']
 
 
 @pytest.mark.parametrize('template', ['auto', 'chatml'])

@@ -108,7 +108,11 @@ def test_own_functions_get_the_row_as_it_was_read(own: Path) -> None:
     ('function', 'message'),
     [
         ('fails', "the function failed for a.jsonl:1: KeyError: 'no such column' ({own}:14). Correct the function."),
-        ('words', "the function returned 'good' for a.jsonl:1. Return a number, or a dict from names to numbers."),
+        (
+            'words',
+            "the function returned 'good' for a.jsonl:1. Return a finite number, or a dict from names to finite "
+            'numbers.',
+        ),
         (
             'uneven',
             'the function returned b for a.jsonl:2, and a for a.jsonl:1. Return the same names in the same order for '

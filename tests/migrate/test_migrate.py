@@ -14,6 +14,7 @@ import pytest
 from tests.support.runs import ROOT
 from utils.migrate import axolotl, llama_factory, swift
 from utils.migrate.__main__ import main
+from utils.migrate.rows import Rows
 from utils.migrate.translation import Rule, Translation
 
 
@@ -513,6 +514,30 @@ def test_continued_pre_training_of_swift(migrate) -> None:
     assert shown.section('Not in the recipe')['(--save_steps)'] == '--save_steps 500'
 
 
+def test_switched_off_keys_have_no_other_meaning(migrate, write) -> None:
+    """YAML reads an unquoted `no` as false."""
+    start = 'model_name_or_path: owner/Model\ndo_train: true\ndataset: lima\nval_size: 0.1\nresize_vocab: false\n'
+    shown = migrate(write(f'{start}eval_strategy: no\nsave_strategy: no\neval_steps: 10\n'))
+    assert shown.code == 0, shown.text
+    different = shown.section('Different')
+    assert different['eval_strategy'] == 'validation rows are always evaluated here; --eval_steps says how often'
+    assert different['save_strategy'] == 'checkpoints are always written here'
+    assert shown.section('Without effect')['resize_vocab'] == 'it is off'
+
+    start = 'base_model: owner/Model\ndatasets:\n  - path: a.jsonl\n    type: alpaca\nval_set_size: 0.1\n'
+    shown = migrate(write(f'{start}eval_strategy: no\nsave_strategy: no\n', 'a.yml'))
+    assert {'eval_strategy', 'save_strategy'} <= shown.section('Different').keys(), shown.text
+    assert not {'eval_steps', 'save_steps'} & shown.flags().keys()
+
+
+def test_one_column_with_two_meanings_is_a_problem() -> None:
+    t = Translation(toolkit='axolotl', values={})
+    rows = Rows(train=['a.jsonl', 'b.jsonl'])
+    rows.rename(t, 'datasets a', {'input': 'input'})
+    rows.rename(t, 'datasets b', {'input': 'instruction'})
+    assert t.problems.found[0].startswith("datasets b: the column 'input' means input in one data set and instruction")
+
+
 def test_command_that_names_a_file_is_read_with_its_changes(migrate, write) -> None:
     file = write(AXOLOTL, 'a.yml')
     assert migrate(f'axolotl train {file} --learning-rate 3e-4').flags()['learning_rate'] == ['3e-4']
@@ -530,11 +555,13 @@ def test_command_that_names_a_file_is_read_with_its_changes(migrate, write) -> N
         ('a: \x01', 'a.yaml', 'this YAML cannot be read.'),
         ('a: !!python/object/apply:os.system ["true"]', 'a.yaml', 'this is not YAML'),
         ('- a\n- b', 'a.yaml', 'this YAML has no keys'),
-        ('a: 1', 'a.yaml', 'this YAML is not of a known toolkit'),
+        ('a: 1', 'a.yaml', 'this recipe is not of a known toolkit'),
         ('python train.py', 'a.sh', 'there is no command that trains'),
         ("swift sft --model 'a", 'a.sh', 'a line of the command cannot be read (No closing quotation)'),
         ('swift rlhf --rlhf_type grpo', 'a.sh', 'swift rlhf: only supervised fine-tuning'),
-        ('axolotl train gone.yml', 'a.sh', 'the file of the command is not there'),
+        ('axolotl train gone.yml', 'a.sh', 'the recipe file that the command names is not there'),
+        ('a: 2024-13-45', 'a.yaml', 'this YAML has a value that is not a possible number or date'),
+        ('llamafactory-cli train --stage sft', 'a.sh', 'the command: this recipe is not of a known toolkit'),
         ('x' * (2**20 + 1), 'a.yaml', 'this file is too large to be a recipe'),
     ],
 )  # fmt: skip
@@ -550,8 +577,9 @@ def test_what_is_no_recipe_is_refused(
 def test_file_that_is_not_utf8_is_refused(migrate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / 'a.yaml'
     path.write_bytes(b'\xff\xfe\x00')
-    assert main([str(path)]) == 2
-    assert 'is not UTF-8' in capsys.readouterr().err
+    for given in (str(path), f'llamafactory-cli train {path}'):
+        assert main([given]) == 2
+        assert 'is not UTF-8' in capsys.readouterr().err
 
 
 def test_dataset_info_that_cannot_be_used_is_refused(write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,7 +193,7 @@ def test_a_typed_data_set_is_answered_whole(
     words = [*serve, '--dataset', str(data), '--result_path', str(target), '--show_dataset_sample', '4']
     assert llm_infer.main(words) == 0
     assert len(answered(target)) == 4
-    assert '4 of 30 rows are answered; --show_dataset_sample -1 answers all' in caplog.text
+    assert '4 of 30 rows are drawn to be answered; --show_dataset_sample -1 answers all' in caplog.text
     assert f'--result_path {target} exists and will be replaced.' in caplog.text
     assert 'also the rows that the run was trained on' not in caplog.text
     assert llm_infer.main([*serve, '--dataset', str(data_file), '--show_dataset_sample', '1']) == 0

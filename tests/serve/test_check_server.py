@@ -18,6 +18,7 @@ import llm_sft
 from tests.support.openai_server import OpenAIServer, serving
 from tests.support.runs import small_flags, write_jsonl
 from tests.support.tiny_models import CHATML
+from utils.base.errors import ConfigError
 from utils.loading.adapter import load_adapter
 from utils.model import load_model, load_tokenizer
 from utils.serve import client
@@ -178,7 +179,39 @@ def test_equal_answers_are_told_apart_by_the_first_log_probabilities(
     )
     adapter = findings([row], None, has_base=True, rounding=0.05)[1]  # type: ignore[arg-type]
     assert (adapter.name, adapter.agrees) == ('adapter', agrees)
-    assert ('answer all rows alike' in adapter.says) is (agrees is None)
+    assert ('answer all compared rows alike' in adapter.says) is (agrees is None)
+
+
+@pytest.mark.parametrize(
+    ('reply', 'why'),
+    [
+        (client.Reply(text='b'), 'far less likely here'),
+        (client.Reply(text='', finish='length'), 'the server cut its answer at a maximum number of tokens'),
+        (client.Reply(text='b', reasoning='c'), 'compared as a whole, because the server took the reasoning out'),
+    ],
+)
+def test_a_difference_without_a_likelihood_says_why(reply: client.Reply, why: str) -> None:
+    row = Checked(
+        asked=Asked(
+            question=Question(row=SimpleNamespace(origin='a:1'), ids=[1], request={}), reply=reply, served_ids=[1]
+        ),  # type: ignore[arg-type]
+        answer=SimpleNamespace(text='a'),  # type: ignore[arg-type]
+        base_answer=None,
+        agreement=Agreement(kind='different', at=1, model_rest='a', server_rest=reply.text),
+        base_agreement=None,
+        stops=None,
+        first=None,
+        first_base=None,
+    )
+    answers = findings([row], None, has_base=False, rounding=0.05)[2]  # type: ignore[arg-type]
+    assert answers.says.endswith(f'({why})')
+
+
+def test_a_log_probability_that_is_no_number_is_not_the_form_of_the_api() -> None:
+    tokens = [{'token': 'a', 'logprob': 'much'}]
+    content = {'choices': [{'message': {'content': 'a'}, 'logprobs': {'content': tokens}}]}
+    with pytest.raises(ConfigError, match='does not answer in the form of the OpenAI API'):
+        client.Server('http://localhost:1')._reply('/v1/chat/completions', content)
 
 
 def test_a_check_in_which_no_answer_is_compared_fails() -> None:
@@ -381,7 +414,7 @@ def test_a_check_of_which_nothing_is_left_is_one_message(
     file = write_jsonl(tmp_path / 'texts.jsonl', [{'text': 'what is a text?'}])
     assert check('--dataset', str(file)) == 2
     assert re.search(
-        r'no row can be sent: 1 rows not sent: plain text, .*\. Give conversations with --dat', problems()[0]
+        r'no row can be sent: 1 rows not sent: plain text, .*\. Give other conversations with --dat', problems()[0]
     )
     server.faults['/v1/chat/completions'] = 500
     assert check('--served_model', 'tiny') == 2
@@ -403,12 +436,12 @@ def test_the_key_is_sent_and_never_shown(
     server.key = KEY
     assert check() == 2
     assert problems()[0].endswith(
-        'the server asks for a key, and the environment variable OPENAI_API_KEY is not set (HTTP 401: no such key:). '
-        'Set OPENAI_API_KEY to the key of the server.'
+        'the server asks for a key, and OPENAI_API_KEY is not set (HTTP 401: no such key:). Set the environment '
+        'variable OPENAI_API_KEY to the key of the server.'
     )
     monkeypatch.setenv('OPENAI_API_KEY', 'another-key')
     assert check() == 2
-    assert 'OPENAI_API_KEY does not accept its value (HTTP 401: no such key: Bearer <secret>).' in problems()[1]
+    assert 'does not accept that in OPENAI_API_KEY (HTTP 401: no such key: Bearer <secret>).' in problems()[1]
 
     monkeypatch.setenv('OPENAI_API_KEY', KEY)
     server.refused_words = 'what is 0?'

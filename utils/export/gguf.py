@@ -71,7 +71,8 @@ def write_gguf(
 
     The text has the result of a check: on `device`, the model in the GGUF file and the model in `folder` answer the
     same prompts. The prompts are taken from the report of the run in `run_dir`. If the report has none, one fixed
-    prompt is used. Raises ConfigError if the converter fails, or if the two models differ.
+    prompt is used. If transformers cannot read the GGUF file, only the chat templates are compared. Raises ConfigError
+    if the converter fails, or if the two models differ by more than rounding explains.
 
     If `target` has no llama.cpp checkout, only the Modelfile is written. The text then has the commands that get
     llama.cpp and write the GGUF file.
@@ -129,7 +130,8 @@ def _convert(command: Sequence[str], checkout: Path, target: Path) -> None:
         )  # fmt: skip
     except OSError as error:
         raise ConfigError(
-            f'--llama_cpp {checkout}: {CONVERTER} cannot be run: {error.strerror}. Correct its permissions.'
+            f'--llama_cpp {checkout}: {CONVERTER} cannot be run: {error.strerror}. Check the '
+            'permissions of this folder and of Python.'
         ) from error
 
     shown = '\n'.join(clean(done.stdout).strip().splitlines()[-_SHOWN_LINES:])
@@ -148,8 +150,9 @@ def _convert(command: Sequence[str], checkout: Path, target: Path) -> None:
 def _prove(file: Path, folder: Path, encoder: Encoder, kind: str, *, rows: Sequence[Row], device: Any) -> str:
     """Compare a GGUF file with the model in `folder`, and return a text that says what is equal.
 
-    If transformers cannot read the file, only the chat template is compared. Raises ConfigError if there is a
-    difference.
+    If transformers cannot read the file, only the chat template is compared. Raises ConfigError if the chat template or
+    the tokens are different, or if the logits differ by more than rounding explains. Prompts with different answers are
+    only counted in the text.
     """
     header = read_header(file)
     tokenizer = load_tokenizer(folder)
@@ -228,7 +231,7 @@ def _token_fault(found: Any, tokenizer: Any, rows: Sequence[Row]) -> str | None:
 
 
 def _dtype(folder: Path) -> torch.dtype:
-    """Return the data type of the weights in a model folder."""
+    """Return the data type of the weights in a model folder. Any type except bf16 and fp16 gives float32."""
     import torch
 
     dtypes = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -280,8 +283,9 @@ def _write_modelfile(
     """Write a Modelfile (for Ollama) beside the GGUF file `gguf`. Returns a sentence for the log.
 
     The sentence says for how many conversations the Modelfile gives the same prompt as the chat template. The
-    conversations are `rows` and fixed test conversations. `header` is the header of the GGUF file, or None if this file
-    does not exist yet. If a Modelfile with a different text exists, it is renamed to <name>.old.
+    conversations are `rows` and fixed test conversations. If Ollama cannot express the chat template, the Modelfile has
+    no TEMPLATE, and the sentence says why. `header` is the header of the GGUF file, or None if this file does not exist
+    yet. If a Modelfile with a different text exists, it is renamed to <name>.old.
     """
     note = ''
     system = encoder.system

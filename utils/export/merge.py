@@ -54,7 +54,8 @@ def probe_logits(
 ) -> torch.Tensor:
     """Run the model on the token ids `ids`, and return its logits (1, T, V) in fp32 on the CPU.
 
-    If `ids` is None, the input is a fixed text. For a vision model, an example image precedes this text.
+    If `ids` is None, the input is a fixed text. If `images` is not None, an example image precedes this text. An input
+    that is longer than the context of the model is cut.
     """
     import torch
 
@@ -138,7 +139,11 @@ def merge_checkpoint(
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the merged model must match when it is loaded again: logits, dtype, tied weights, settings and tokenizer."""
+    """What the merged model is compared with when it is loaded again: logits, tied weights, settings and tokenizer.
+
+    `dtype` and `kernel` are the dtype and the attention implementation of base + adapter. They decide how far the
+    logits may differ.
+    """
 
     # The token ids on which logits are compared (None is the fixed text), and the logits of base + adapter and of the
     # base alone.
@@ -194,8 +199,11 @@ def merge_and_save(
 
     If possible, the files of `base` are copied and only the changed tensors are replaced. Otherwise, or without `base`,
     transformers saves the model. The saved model is loaded again. Its logits are compared with those of base + adapter,
-    on a fixed text, on the tokens that the run added, and on the token ids `texts`. Raises ConfigError if the logits
-    differ by more than rounding explains. In that case `target` is not changed. `model` cannot be used afterwards.
+    on a fixed text, on the tokens that the run added, and on the token ids `texts`. `model` cannot be used afterwards.
+
+    Raises ConfigError if the logits differ by more than rounding explains, if rounding removed the effect of the
+    adapter, or if the tokenizer, generation settings or tied weights are wrong. In these cases `target` is not changed.
+    If `target` exists, files in it that merging does not write, such as GGUF files, are kept.
     """
     _recover(target)
     settings = config or model.generation_config
@@ -247,7 +255,8 @@ def verify_merged(
     `share` is the smallest share of the adapter's effect that the merged model keeps (see `_share_of_adapter`). `fault`
     describes the first problem, or is None.
 
-    The model is loaded with the function `reopen` of `base`. If `base` is None, it is loaded with default settings.
+    The model is loaded with the function `reopen` of `base`. If `base` is None, `load_model` loads it in the dtype of
+    `expected`.
     """
     if base is not None:
         reopened, found_tokenizer = base.reopen(folder)
@@ -339,8 +348,9 @@ def _recover(target: Path) -> None:
 def put_in_place(folder: Path, target: Path) -> None:
     """Rename a complete folder to `target`.
 
-    If `target` exists, it first gets a temporary name, and is deleted after the rename. If the rename fails, `target`
-    gets its name back, and OSError is raised.
+    If `target` exists, it first gets a temporary name. After the rename, its files that merging does not write, such as
+    GGUF files, are moved to the new folder, and the rest is deleted. If the rename fails, `target` gets its name back,
+    and OSError is raised.
     """
     earlier = _replaced(target)
     if target.exists():

@@ -27,7 +27,10 @@ _TOKENS = (
 
 
 def _name(text: Any) -> str:
-    """Return the value of a flag as text. A local path is shortened to the name of its last folder or file."""
+    """Return the value of a flag as text.
+
+    A path that is absolute or begins with . or ~ is shortened to the name of its last folder or file.
+    """
     if isinstance(text, list | tuple):
         return ', '.join(map(_name, text))
 

@@ -98,7 +98,8 @@ def _print(text: str) -> str:
 def learn_turns(render: Render) -> Turns:
     """Return the fixed texts around the messages, found by rendering chats of random words with the chat template.
 
-    Raises NotExpressible if the template does not print the words in the order of the chat.
+    Raises NotExpressible if the template refuses a chat of three rounds, if it does not print the words in the order of
+    the chat, or if the texts around a message depend on its position.
     """
     words = [secrets.token_hex(8) for _ in range(6)]
     roles = ('system', 'user', 'assistant', 'user', 'assistant', 'user')
@@ -123,7 +124,10 @@ def learn_turns(render: Render) -> Turns:
 
 
 def _between(render: Render, chat: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the texts before, between and after the contents of a chat, as the template prints them."""
+    """Return the texts before, between and after the contents of a chat, as the template prints them.
+
+    Raises NotExpressible if the template does not print each content exactly once and in order.
+    """
     rest = render(chat)
     texts = []
     for message in chat:
@@ -218,8 +222,9 @@ def modelfile(
 ) -> str:
     """Return the text of a Modelfile for the GGUF file `gguf_name` in the same folder.
 
-    Without `template`, the file has no TEMPLATE, and `note` says why. `stops` are the texts at which an answer ends,
-    and `config` has the generation settings.
+    Without `template`, the file has no TEMPLATE, and `note` says why. `system` is the default system message. It is
+    left out if a Modelfile cannot contain it (see `fits_modelfile`). `stops` are the texts at which an answer ends,
+    `config` has the generation settings, and `max_length` is --max_length.
     """
     name = gguf_name.removesuffix('.gguf').lower()
     lines = [f'# ollama create {name} -f {gguf_name.removesuffix(".gguf")}.Modelfile', f'FROM ./{gguf_name}']
@@ -249,8 +254,8 @@ def _quoted(text: str) -> str:
 def _parameters(config: Any, max_length: int) -> dict[str, Any]:
     """Return {name of a parameter of Ollama: value} for the generation settings `config` and for --max_length.
 
-    Values for sampling and repetition are always included, because the defaults of Ollama differ from those of
-    transformers.
+    The temperature and the repetition penalty are always included, because the defaults of Ollama differ from those of
+    transformers. Without sampling, the temperature is 0.
     """
     found: dict[str, Any] = {'temperature': 0}
     if config.do_sample:

@@ -147,7 +147,7 @@ def _find_changes(
             raise _NotPossible(f'the files of the base do not store {name} as one tensor')
         for stored in stored_names:
             if ranges[stored].dtype not in _DTYPES:
-                raise _NotPossible(f'the base stores {stored} quantised, as {ranges[stored].dtype}')
+                raise _NotPossible(f'the base stores {stored} as {ranges[stored].dtype}, and not as fp32, bf16 or fp16')
             if ranges[stored].shape != change.shape():
                 raise _NotPossible(f'{stored} has another shape in the base')
             yield stored, change
@@ -198,7 +198,7 @@ def _trained_whole(model: Any, checkpoint: Path) -> dict[str, _Whole]:
 
 
 def release(model: Any) -> None:
-    """Free the memory of all weights of a model except those of an adapter. The model cannot be used afterwards."""
+    """Free the memory of all weights of a model except LoRA weights. The model cannot be used afterwards."""
     import torch
 
     for path, module in model.named_modules():
@@ -211,9 +211,9 @@ def release(model: Any) -> None:
 
 
 def write_patched(patch: Patch, folder: Path) -> dict[str, str]:
-    """Write the merged model to the new folder `folder`: weights and all further files of the base.
+    """Write the merged model to the new folder `folder`: the weights, and the files that `carried_files` returns.
 
-    Returns the sha256 of each changed tensor by its name.
+    The files are those of the base. Returns the sha256 of each changed tensor by its name.
     """
     from safetensors import safe_open
 

@@ -51,8 +51,8 @@ def folder_in_repo(strategy: str, checkpoint: str) -> str:
 def stage(run_dir: Path, checkpoint: Path, *, strategy: str, progress: dict[str, Any]) -> Path:
     """Make a folder in which the files of a checkpoint have the layout of the repository, and return the folder.
 
-    The files are hard links, so they remain if the checkpoint is deleted. `progress`, which the model card shows, is
-    written to <folder>.json.
+    The files are hard links, or copies if the file system has no hard links. So they remain if the checkpoint is
+    deleted. `progress`, which the model card shows, is written to <folder>.json.
     """
     target = run_dir / _STAGED / checkpoint.name
     shutil.rmtree(target, ignore_errors=True)
@@ -85,8 +85,11 @@ def unstage(folder: Path) -> None:
 def push_one(run_dir: Path, folder: Path) -> None:
     """Push a staged folder with a model card, and delete the folder.
 
-    Before the push, the folder is searched for secrets. Raises ConfigError if there is no token, if a secret is found,
-    or if the push fails. In these cases the folder is kept.
+    The model card is also written to README.md of the run folder. Before the push, the folder is searched for secrets
+    and pickles. A failed push is repeated after 5 and after 30 seconds, unless the hub refuses it.
+
+    Raises ConfigError if there is no token, if a secret or a pickle is found, or if the last push fails. In these cases
+    the folder is kept.
     """
     record = read_run_record(run_dir)
     flags = record.flags
@@ -107,8 +110,8 @@ def push_one(run_dir: Path, folder: Path) -> None:
 
     if found := scan_for_push(folder, token):
         raise ConfigError(
-            f'{folder.name}: not pushed, because of what it contains: {"; ".join(found)}. Remove that from the '
-            f'checkpoint, then run python -m utils.export.push {run_dir}.'
+            f'{folder.name}: not pushed, because of what it contains: {"; ".join(found)}. Remove that from '
+            f'{folder}, then run python -m utils.export.push {run_dir}.'
         )
 
     for wait in (*_WAITS, None):
@@ -156,7 +159,8 @@ def _promised(run_dir: Path, record: RunRecord) -> list[Path]:
 def push_again(run_dir: Path) -> None:
     """Push the staged folders of a run. If there are none, push the checkpoints that --push_hub_strategy selects.
 
-    Raises ConfigError if the run has no repository or no checkpoint, or if a push fails.
+    Raises ConfigError if the run has no repository or no checkpoint, or if a push fails. The folders after a failed
+    push are not pushed.
     """
     record = read_run_record(run_dir)
     if not record.flags.get('hub_model_id'):

@@ -1,4 +1,7 @@
-"""Pushes checkpoints to a hub during training. A hub that fails or hangs does not stop or delay the training."""
+"""Pushes checkpoints to a hub during training. A hub that fails or hangs does not stop the training.
+
+Training steps do not wait for a push. After the last step, the program waits for the remaining pushes.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,12 @@ from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
-# A push that takes longer than this is killed. Training steps do not wait for a push, but after the last step the
-# program waits for the remaining pushes.
+# A push that takes longer than this is killed.
 PUSH_SECONDS = 3600.0
 
 
 class Pusher:
-    """Pushes staged folders one after the other. Each push is a separate process, which is killed if a hub hangs."""
+    """Pushes staged folders one after the other. Each push is a separate process, which is killed after an hour."""
 
     def __init__(self, run_dir: Path, environment: dict[str, str], *, keeps_all: bool) -> None:
         """Set up an empty queue. `environment` has the environment variables of the push processes.
@@ -41,10 +43,10 @@ class Pusher:
         self._thread: threading.Thread | None = None
 
     def add(self, folder: Path) -> None:
-        """Add a folder to the queue, and start the thread that pushes.
+        """Add a folder to the queue, and start the thread that pushes. Folders whose push failed are added again.
 
-        If `keeps_all` is False, all other folders in the queue are deleted from the disk, except the
-        folder that is being pushed.
+        If `keeps_all` is False, all other folders in the queue are deleted from the disk, except the folder that is
+        being pushed.
         """
         with self._lock:
             self._waiting += [f for f in self._failed if f != folder] + [folder]
@@ -82,21 +84,23 @@ class Pusher:
                 stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8', errors='replace',
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            logger.warning(f'{folder.name} was not pushed in {PUSH_SECONDS:.0f} s: the hub does not answer')
+            logger.warning(
+                f'{folder.name} could not be pushed in {PUSH_SECONDS:.0f} s, so this push was stopped. The run goes on'
+            )
             return False
         except (OSError, ValueError) as error:  # ValueError: the token contains a zero byte
-            logger.warning(f'{folder.name} could not be pushed: {error}')
+            logger.warning(f'{folder.name} could not be pushed, and the run goes on: {error}')
             return False
         results = [line for line in done.stderr.splitlines() if line.startswith(('pushed ', 'error: '))]
         if done.returncode:
             reason = (results or done.stderr.splitlines() or ['no reason given'])[-1].removeprefix('error: ')
-            logger.warning(f'{folder.name} could not be pushed: {reason}')
+            logger.warning(f'{folder.name} could not be pushed, and the run goes on: {reason}')
             return False
         logger.info(results[-1] if results else f'pushed {folder.name}')
         return True
 
     def finish(self) -> None:
-        """Wait until the queue is empty. If pushes failed, log a warning with the command that repeats them."""
+        """Wait until the queue is empty. If folders were not pushed, log a warning with a command that pushes them."""
         while (thread := self._thread) is not None:
             thread.join()
         if self._failed:
@@ -120,10 +124,13 @@ class PushCallback(TrainerCallback):
         try:
             self.pusher.add(stage(self.run_dir, checkpoint, strategy=self.strategy, progress=progress))
         except OSError as error:  # a push must not stop the training
-            logger.warning(f'{checkpoint} could not be staged for pushing: {error}')
+            logger.warning(f'{checkpoint} cannot be pushed, because its files could not be prepared: {error}')
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Push the new checkpoint or, with the strategy `push_best`, the best checkpoint if it changed."""
+        """Add the new checkpoint to the queue of pushes.
+
+        With the strategy `push_best`, adds the best checkpoint if it changed. With `end`, adds nothing.
+        """
         if not state.is_world_process_zero or self.strategy == 'end':
             return
         last = self.run_dir / f'checkpoint-{state.global_step}'

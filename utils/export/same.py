@@ -22,9 +22,9 @@ from utils.loading.tensor_ranges import SUFFIX, TensorRange, tensor_ranges
 MERGE_JSON = 'merge.json'
 # Files that belong to a run and not to a model, and the card of the base, which does not describe a merged model.
 _NOT_OF_MODEL = {MERGE_JSON, MANIFEST, SFT_ARGS, 'trainer_state.json', 'README.md'}
-# Files that llm_infer.py writes into a folder: answers, the comparison with a server, and Modelfiles.
+# The beginnings of the names of files that llm_infer.py writes into a folder: answers, and comparisons with a server.
 _WRITTEN_LATER = ('infer_result', 'check_server')
-# Weights in other formats, and code, which is never passed on.
+# Weights in other formats, Modelfiles, and code, which is never passed on.
 _NOT_CARRIED = (SUFFIX, *PICKLE_SUFFIXES, '.py', '.gguf', '.onnx', '.h5', '.msgpack', '.ot', '.tflite', '.npz',
                 '.modelfile', '.old')  # fmt: skip
 
@@ -52,7 +52,7 @@ class Comparison:
 
 
 def carried_files(folder: Path) -> list[str]:
-    """Return the names of the files in `folder` that belong to the model, without weights and code.
+    """Return the sorted names of the files in `folder` that belong to the model, without weights and code.
 
     Merging copies these files from the base model.
     """

@@ -36,12 +36,13 @@ def answer_rows(
 ) -> dict[str, float]:
     """Answer the rows, and return the mean scores by name. Each process answers its share of the rows.
 
-    Rank 0 prints all answers and writes them to the file `target`. All other ranks return an empty dictionary. Raises
+    If --show_dataset_sample is smaller than the number of rows, only that many rows are drawn and answered. Rank 0
+    prints all answers and writes them to the file `target`. All other ranks return an empty dictionary. Raises
     ConfigError if every row is skipped.
     """
     chosen = draw(list(rows), args.show_dataset_sample, args.dataset_seed)
     if len(chosen) < len(rows):
-        logger.info(f'{len(chosen)} of {len(rows)} rows are answered; --show_dataset_sample -1 answers all')
+        logger.info(f'{len(chosen)} of {len(rows)} rows are drawn to be answered; --show_dataset_sample -1 answers all')
 
     report = EncodingReport()
     _, kept = encode_rows(encoder, chosen, report)

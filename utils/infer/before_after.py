@@ -28,6 +28,9 @@ _NEW_TOKENS = 64
 class BeforeAfter:
     """Chooses a few rows, and generates answers to these rows with the untrained model and with the trained model.
 
+    The rows are validation rows. If there are none, they are training rows. Rows with images are left out. If the
+    weights are sharded over the processes, no rows are chosen.
+
     The main process generates all answers in one batch, without sampling. Plain text has no question, so the model
     continues the beginning of the text.
 
@@ -63,7 +66,8 @@ class BeforeAfter:
     def ask(self, model: Any) -> list[str]:
         """Return the model's answer to each chosen row. In all processes except the main process, the list is empty.
 
-        The mode of the model (training or evaluation) is restored afterwards.
+        The list is also empty if no row was chosen. The mode of the model (training or evaluation) is restored
+        afterwards.
         """
         if not self.rows:
             return []
@@ -88,7 +92,8 @@ class BeforeAfter:
     def write(self, model: Any, run_dir: Path) -> None:
         """Generate the answers of the trained model, and write all answers to answers.json in the run folder.
 
-        The answers of the untrained model are generated too, if they do not exist yet.
+        If no row was chosen, nothing is written. The answers of the untrained model are generated too, if they do not
+        exist yet.
         """
         if not self.rows:
             return

@@ -53,7 +53,8 @@ class Chat:
         elif command == '/system':
             self.system = rest.strip() or None
             self.turns = []
-            self.say('(system prompt set, conversation cleared)\n')
+            done = 'set' if self.system is not None else 'removed'
+            self.say(f'(system prompt {done}, conversation cleared)\n')
         elif command.startswith('/') and ' ' not in line.strip() and command[1:].isalpha():
             self.say(f'({command}: unknown command. {HELP})\n')
         elif line.strip():

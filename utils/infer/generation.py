@@ -65,6 +65,9 @@ def served_config(
     They are the settings of the base model (`base`), but the stop, padding and bos tokens come from `config`. A
     generation flag that was typed, for example --temperature, replaces the setting of the base model. So does a flag
     whose value in `args` is not the default. `typed` has the names of the typed flags.
+
+    If one of --temperature, --top_k and --top_p replaces a setting and --do_sample does not, sampling is switched on.
+    If sampling is off, these three settings are None. If the base model limits no length, max_new_tokens is set.
     """
     served = copy.deepcopy(base)
     served.eos_token_id = config.eos_token_id
@@ -109,9 +112,11 @@ def generate_batch(
 ) -> list[list[int]]:
     """Return the generated ids for each prompt, up to but not including the first stop token.
 
-    An empty prompt starts from the bos token. Whenever half of the rows of the batch have ended, the ended rows are
-    removed from the batch, and the remaining rows continue with their key-value caches. If there are images, no row is
-    removed early. `pixels` has the model's inputs for the images of all prompts, in the order of the prompts.
+    An empty prompt starts from the bos token. Whenever at least half of the rows of the batch have ended, the ended
+    rows are removed from the batch, and the remaining rows continue with their key-value caches. If the batch has
+    images, or if the model keeps other state than keys and values, no row is removed early. `pixels` has the model's
+    inputs for the images of all prompts, in the order of the prompts. Raises ConfigError if a token id of a prompt is
+    not in the model's embedding.
     """
     import torch
 
@@ -324,7 +329,10 @@ def generate_stream(
     images: Images | None = None,
     paths: Sequence[str] = (),
 ) -> str:
-    """Return the answer to one prompt, and call `say` with each new piece of its text. Ctrl-C ends the answer early."""
+    """Return the answer to one prompt, and call `say` with each new piece of its text. Ctrl-C ends the answer early.
+
+    Raises ConfigError if a token id of the prompt is not in the model's embedding.
+    """
     import torch
 
     check_embedded(model.config.get_text_config().vocab_size, prompt, 'this line')

@@ -151,7 +151,10 @@ class Function:
         self._first = ''
 
     def _load(self) -> Callable[..., Any]:
-        """Execute the file, and return the function. Raises ConfigError if there is no usable function."""
+        """Execute the file, and return the function.
+
+        Raises ConfigError if the file fails, or if it has no function of this name with three parameters.
+        """
         spec = importlib.util.spec_from_file_location(f'assay_score_{self.file.stem}', self.file)
         assert spec is not None and spec.loader is not None, 'the name of the file ends with .py'
         module = importlib.util.module_from_spec(spec)
@@ -186,7 +189,10 @@ class Function:
         return f'{self.file}:{lines[-1]}' if lines else str(self.file)
 
     def __call__(self, answer: str, label: str, row: Row) -> dict[str, float]:
-        """Return the scores of a row by name. Raises ConfigError if the function fails or returns anything but numbers.
+        """Return the scores of a row by name.
+
+        Raises ConfigError if the function fails, if it returns anything but finite numbers, or if it returns other
+        names than for the first row.
 
         If the function returns a number, the score has the name of the function. If the function returns a dict, each
         value gets the name <function>-<key>. The first value is also returned under the name of the function.
@@ -204,8 +210,8 @@ class Function:
         values = dict(result) if isinstance(result, Mapping) else {'': result}
         if not values or not all(isinstance(key, str) and _is_number(value) for key, value in values.items()):
             raise ConfigError(
-                f'--score {self.word}: the function returned {_shortened(result)} for {row.origin}. Return a number, '
-                'or a dict from names to numbers.'
+                f'--score {self.word}: the function returned {_shortened(result)} for {row.origin}. Return a finite '
+                'number, or a dict from names to finite numbers.'
             )
         self._check_keys(tuple(values), row)
         first = {self.name: float(next(iter(values.values())))}

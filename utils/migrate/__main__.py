@@ -16,7 +16,10 @@ from utils.migrate.translation import Translation
 
 
 def translated(recipe: Recipe, dataset_info: Path | None) -> Translation:
-    """Return the translation of a recipe, with a note for each of its keys."""
+    """Return the translation of a recipe: flags, notes and problems.
+
+    `dataset_info` is used only for LLaMA-Factory. Raises ConfigError if it cannot be read.
+    """
     t = Translation(toolkit=recipe.toolkit, values=recipe.values, environment=recipe.environment)
     if recipe.toolkit == 'axolotl':
         axolotl.translate(t)
@@ -28,7 +31,7 @@ def translated(recipe: Recipe, dataset_info: Path | None) -> Translation:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the command for llm_sft.py, and how each key of the recipe was translated.
+    """Print the command for llm_sft.py, and how the keys of the recipe were translated.
 
     Returns the exit code: 0 on success, 1 if the command has a problem, and 2 if the recipe cannot be read.
     """

@@ -398,7 +398,8 @@ def _steps(t: Translation, *, evaluates: bool) -> None:
     """Set --eval_steps and --save_steps.
 
     A recipe gives numbers of steps (eval_steps, save_steps) or numbers per epoch (evals_per_epoch, saves_per_epoch).
-    `evaluates` says whether the command has validation rows. Without them, --eval_steps is not set.
+    Without such a number, both flags are set to one epoch. `evaluates` says whether the command has validation rows.
+    Without them, --eval_steps is not set. If a strategy is `no`, its flag is not set, and a note is added.
     """
     epochs = to_number(t.get('num_epochs')) or 1
     for what, often, flag in (('eval', 'evals_per_epoch', 'eval_steps'), ('save', 'saves_per_epoch', 'save_steps')):
@@ -407,7 +408,7 @@ def _steps(t: Translation, *, evaluates: bool) -> None:
                 t.note('without effect', often if t.get(often) else flag, 'there are no validation rows')
             continue
         strategy = str(t.get(f'{what}_strategy', '')).lower()
-        if strategy == 'no':
+        if is_off(strategy):
             t.note('different', f'{what}_strategy', 'checkpoints are always written, and validation rows evaluated')
         elif is_on(t.get(often)):
             t.use(often, flag, run_share((to_number(t.get(often)) or 1) * epochs))

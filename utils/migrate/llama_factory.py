@@ -45,7 +45,7 @@ _DEFAULTS = {
     'weight_decay': 0, 'save_total_limit': -1, 'logging_steps': 500, 'gradient_checkpointing': True,
     'train_dataset_sample': -1,
 }  # fmt: skip
-# The data sets that LLaMA-Factory names and that lie on Hugging Face: its name, the id and the split, and the columns.
+# The data sets that LLaMA-Factory names and that lie on Hugging Face: its name, and the id (and split).
 _ON_HUGGING_FACE: dict[str, str] = {
     'alpaca_en': 'llamafactory/alpaca_en', 'alpaca_zh': 'llamafactory/alpaca_zh',
     'alpaca_gpt4_en': 'llamafactory/alpaca_gpt4_en', 'alpaca_gpt4_zh': 'llamafactory/alpaca_gpt4_zh',
@@ -282,7 +282,10 @@ def _rows(t: Translation, folder: Path, dataset_info: Path | None) -> None:
 
 
 def _mix(t: Translation, rows: Rows) -> None:
-    """Append the shares in `interleave_probs` to the values of --dataset (name%share)."""
+    """Append the shares in `interleave_probs` to the values of --dataset (name%share), unless mix_strategy is concat.
+
+    A share replaces a number of rows (#). A wrong number of shares is a problem.
+    """
     strategy = str(t.get('mix_strategy', 'concat'))
     shares = to_list(t.get('interleave_probs'))
     if strategy == 'concat':
@@ -299,8 +302,9 @@ def _mix(t: Translation, rows: Rows) -> None:
 def val_size(t: Translation, key: str) -> None:
     """Translate the size of the validation set to --dataset_test_ratio, which is a share of all rows.
 
-    If the recipe gives a share, it is used. If the recipe gives a number of rows, the share is unknown, because the
-    number of all rows is unknown. Then the flag is set to 0.01, and a note asks the user to correct it.
+    If the recipe names validation rows, the flag is not set. If the recipe gives a share, it is used. If the recipe
+    gives a number of rows, the share is unknown, because the number of all rows is unknown. Then the flag is set to
+    0.01, and a note asks the user to correct it.
     """
     size = to_number(t.get(key, 0))
     if size is None or size < 0:
@@ -317,7 +321,11 @@ def val_size(t: Translation, key: str) -> None:
 
 
 def _read_info(t: Translation, folder: Path, dataset_info: Path | None) -> Mapping[str, Any]:
-    """Return the entries of dataset_info.json, or an empty dictionary if there is no such file."""
+    """Return the entries of dataset_info.json. Each entry also gets the key `in`, the folder of the file.
+
+    If `dataset_info` is None, the file is looked for in the data folder that the recipe names. If it is not there,
+    returns an empty dictionary. Raises ConfigError if the file `dataset_info` does not exist.
+    """
     named = str(t.get('dataset_dir', 'data'))
     places = [dataset_info] if dataset_info else [Path(base, named, 'dataset_info.json') for base in (folder, Path())]
     for file in places:
@@ -330,7 +338,10 @@ def _read_info(t: Translation, folder: Path, dataset_info: Path | None) -> Mappi
 
 
 def _words(t: Translation, rows: Rows, key: str, name: str, info: Mapping[str, Any]) -> list[str]:
-    """Return the values of --dataset for a data set that LLaMA-Factory knows by this name."""
+    """Return the values of --dataset for a data set that LLaMA-Factory knows by this name.
+
+    An unknown name is a problem. It is returned unchanged.
+    """
     if name in info:
         return _entry_words(t, rows, f'{key} {name}', info[name])
     if name in _ON_HUGGING_FACE:

@@ -42,7 +42,8 @@ class Recipe:
 def read_recipe(given: str) -> Recipe:
     """Return the recipe in `given`, which is the path of a file or the text of a command line.
 
-    Raises ConfigError if the file does not exist, or if the recipe is not of a known toolkit.
+    Raises ConfigError if the file cannot be read, if it has no command that trains, or if the recipe is not of a known
+    toolkit.
     """
     path = Path(given)
     if not _is_file(path):
@@ -52,11 +53,7 @@ def read_recipe(given: str) -> Recipe:
 
     if path.stat().st_size > _LARGEST_FILE:
         raise ConfigError(f'{given}: this file is too large to be a recipe. Give {_FORMS}.')
-    try:
-        text = path.read_text(encoding='utf-8')
-    except UnicodeDecodeError:
-        raise ConfigError(f'{given}: this file is not UTF-8. Give {_FORMS}.') from None
-
+    text = _text_of(path)
     if path.suffix.lower() in ('.yaml', '.yml', '.json'):
         return _of_yaml(path, text)
     return _of_command(text, given, path.parent)
@@ -69,6 +66,13 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding='utf-8')
+    except UnicodeDecodeError:
+        raise ConfigError(f'{path}: this file is not UTF-8. Save it as UTF-8, or give {_FORMS}.') from None
+
+
 def _of_yaml(path: Path, text: str, changes: Mapping[str, Any] | None = None) -> Recipe:
     """Return the recipe in a YAML file. `changes` has keys from the command line, which replace keys of the file."""
     import yaml  # type: ignore[import-untyped]
@@ -79,32 +83,36 @@ def _of_yaml(path: Path, text: str, changes: Mapping[str, Any] | None = None) ->
         # The text of the error quotes the file, which may hold a token.
         where = f'line {error.problem_mark.line + 1}: {error.problem}' if error.problem_mark else error.problem
         raise ConfigError(f'{path}: this is not YAML ({where}). Correct the file.') from None
-    except (yaml.YAMLError, RecursionError, ValueError):
+    except yaml.YAMLError:
+        raise ConfigError(f'{path}: this YAML cannot be read. Remove its control characters.') from None
+    except (RecursionError, ValueError):
         raise ConfigError(
-            f'{path}: this YAML cannot be read. Save it as UTF-8 text without control characters.'
+            f'{path}: this YAML has a value that is not a possible number or date, or is nested too deep. Correct the '
+            'value.'
         ) from None
     if not isinstance(content, dict):
         raise ConfigError(f'{path}: this YAML has no keys. Give {_FORMS}.')
 
     values = {str(key): value for key, value in content.items()} | dict(changes or {})
-    return Recipe(toolkit=_recognise(values, path), values=values, folder=path.parent)
+    return Recipe(toolkit=_recognise(values, str(path)), values=values, folder=path.parent)
 
 
-def _recognise(values: Mapping[str, Any], path: Path) -> Toolkit:
+def _recognise(values: Mapping[str, Any], shown: str) -> Toolkit:
     for mark, toolkit in _MARKS.items():
         if mark in values:
             return toolkit
     if 'model' in values and any(mark in values for mark in _SWIFT_MARKS):
         return 'ms-swift'
     raise ConfigError(
-        f'{path}: this YAML is not of a known toolkit: it has no key {" or ".join(_MARKS)}. Give {_FORMS}.'
+        f'{shown}: this recipe is not of a known toolkit: it has no key {" or ".join(_MARKS)}. Give {_FORMS}.'
     )
 
 
 def _of_command(text: str, shown: str, folder: Path) -> Recipe:
     """Return the recipe of the first training command in a text. `shown` names the text in error messages.
 
-    Shell variables in the command are replaced by the values that earlier lines of the text assign to them.
+    Shell variables in the command are replaced by the values that earlier lines of the text assign to them. Raises
+    ConfigError if no line is a training command, or if a line cannot be read.
     """
     variables: dict[str, str] = {}
     for line in _lines(text):
@@ -124,14 +132,20 @@ def _of_command(text: str, shown: str, folder: Path) -> Recipe:
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines of a shell script without comments. A line that ends in a backslash is joined with the next."""
+    """Return the lines of a shell script without comment lines.
+
+    A line that ends in a backslash is joined with the next.
+    """
     kept = [line for line in text.splitlines() if not line.lstrip().startswith('#')]
     joined = re.sub(r'\\\s*\n', ' ', '\n'.join(kept))
     return [line.strip() for line in joined.splitlines() if line.strip()]
 
 
 def _filled_in(line: str, variables: Mapping[str, str]) -> str:
-    """Return a line in which shell variables, and calculations such as $((8 * 2)), are replaced by their values."""
+    """Return a line in which shell variables, and calculations such as $((8 * 2)), are replaced by their values.
+
+    A variable that is not in `variables` is kept. Only calculations with two whole numbers are replaced.
+    """
     filled = _VARIABLE.sub(lambda m: variables.get(m[1] or m[2], m[0]), line)
     return _ARITHMETIC.sub(_calculated, filled)
 
@@ -152,7 +166,10 @@ def _words(line: str, shown: str) -> list[str]:
 
 
 def _training(words: Sequence[str], environment: Mapping[str, str], folder: Path) -> Recipe | None:
-    """Return the recipe that a training command states. Returns None for any other command."""
+    """Return the recipe that a training command states. Returns None for any other command.
+
+    Raises ConfigError if the command trains in a way that is not supported, or if its recipe file cannot be read.
+    """
     names = [Path(word).name for word in words]
     for position, name in enumerate(names):
         rest = list(words[position + 2 :])
@@ -187,7 +204,8 @@ def _swift(program: str, command: str, words: list[str], environment: Mapping[st
 def _flags(words: Sequence[str]) -> dict[str, Any]:
     """Return {name: value} for words of the forms --name value, --name=value and name=value.
 
-    If a name has several values, they are returned as a list.
+    If a name has several values, they are returned as a list. The value of a name without a value is True. In names, -
+    becomes _.
     """
     values: dict[str, Any] = {}
     name = ''
@@ -206,15 +224,20 @@ def _flags(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _with_file(words: list[str], environment: Mapping[str, str], folder: Path) -> Recipe:
-    """Return the recipe in the YAML file that a command names. Flags after the file name replace keys of the file."""
+    """Return the recipe of a command. `words` are the words after the command that starts the training.
+
+    The first word is the name of a YAML file, and flags after it replace keys of the file. If the first word is a flag,
+    the recipe has only the flags.
+    """
     if words[0].startswith('-'):
         found = {**_flags(words)}
-        return Recipe(toolkit=_recognise(found, Path(words[0])), values=found, folder=folder, environment=environment)
+        toolkit = _recognise(found, 'the command')
+        return Recipe(toolkit=toolkit, values=found, folder=folder, environment=environment)
     places = [place for place in (Path(words[0]), folder / words[0]) if _is_file(place)]
     if not places:
         raise ConfigError(
-            f'{words[0]}: the file of the command is not there. Start in the folder of the file, or write its whole '
-            'path in the command.'
+            f'{words[0]}: the recipe file that the command names is not there. Start in the folder of this file, or '
+            'write its whole path in the command.'
         )
-    read = _of_yaml(places[0], places[0].read_text(encoding='utf-8'), _flags(words[1:]))
+    read = _of_yaml(places[0], _text_of(places[0]), _flags(words[1:]))
     return Recipe(toolkit=read.toolkit, values=read.values, folder=read.folder, environment=environment)

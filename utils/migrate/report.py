@@ -46,7 +46,10 @@ def command(t: Translation) -> str:
 
 
 def render(t: Translation, problems: list[str]) -> str:
-    """Return the report as text. Values of keys without effect are not shown, because they can be secrets."""
+    """Return the report as text.
+
+    The value of a key that is not understood, or that can be a secret, is not shown.
+    """
     parts = [command(t)]
     if t.sharded and t.processes is None:
         parts.append('The recipe does not say the number of processes: write your number of GPUs for 2.')

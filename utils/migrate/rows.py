@@ -13,7 +13,9 @@ COLUMNS_KEY = '(columns)'
 
 @dataclass(kw_only=True)
 class Rows:
-    """The values of --dataset and --val_dataset for a recipe, and the columns that --columns must rename.
+    """The values of --dataset and --val_dataset for a recipe, and the names of the columns.
+
+    `columns` is {name in the file: name that llm_sft.py reads}. --columns renames a column if the two names differ.
 
     In each method, `key` is a key of the recipe. Notes and problems mention this key.
     """
@@ -23,13 +25,11 @@ class Rows:
     columns: dict[str, str] = field(default_factory=dict)
 
     def rename(self, t: Translation, key: str, names: Mapping[str, str]) -> None:
-        """Record which columns --columns must rename. `names` is {name in the file: new name}.
+        """Record the names of columns for --columns. `names` is {name in the file: name that llm_sft.py reads}.
 
-        A second, different new name for the same column is a problem.
+        A second, different name for the same column is a problem.
         """
         for column, meaning in names.items():
-            if column == meaning:
-                continue
             if self.columns.setdefault(column, meaning) != meaning:
                 t.refuse(
                     key,
@@ -38,9 +38,11 @@ class Rows:
                 )
 
     def chat(self, t: Translation, key: str, column: str, role_key: str, content_key: str) -> None:
-        """Record that `column` has conversations. `role_key` and `content_key` are two keys of each message.
+        """Record that `column`, which has conversations, must be renamed to `messages`.
 
-        `role_key` must be 'role' or 'from', and `content_key` must be 'content' or 'value'. Any other key is a problem.
+        A column with the name `messages` or `conversations` needs no new name. `role_key` and `content_key` are two
+        keys of each message in the file. They are only checked: if `role_key` is not 'role' or 'from', or `content_key`
+        is not 'content' or 'value', a problem is added to `t`.
         """
         if role_key not in ('role', 'from') or content_key not in ('content', 'value'):
             t.refuse(
@@ -52,20 +54,26 @@ class Rows:
             self.rename(t, key, {column: 'messages'})
 
     def text(self, t: Translation, key: str, column: str) -> None:
-        """Record that `column` has plain text. Training uses every token of the text."""
+        """Record that `column`, which has plain text, must be renamed to `text`. Adds a note.
+
+        The note says that training uses every token of the text.
+        """
         t.note('different', key, 'rows with a column text are trained on every token, and the end of text is added')
         self.rename(t, key, {column: 'text'})
 
     def finish(self, t: Translation, key: str) -> None:
-        """Set --dataset, --val_dataset and --columns. A recipe without training rows is a problem."""
+        """Set --dataset, --val_dataset and --columns.
+
+        If there are no training rows, adds a problem, unless the recipe has other problems already.
+        """
         if self.train:
             t.use(key, 'dataset', self.train)
         elif not t.problems.found:
             t.refuse(key, 'the recipe names no data set. Add it to the recipe, or type --dataset.')
         if self.val:
             t.use(key, 'val_dataset', self.val)
-        if self.columns:
-            t.use(COLUMNS_KEY, 'columns', [f'{name}={meaning}' for name, meaning in self.columns.items()])
+        if renamed := [f'{name}={meaning}' for name, meaning in self.columns.items() if name != meaning]:
+            t.use(COLUMNS_KEY, 'columns', renamed)
 
 
 def hub_word(prefix: str, repo_id: str, *parts: str, revision: str = '') -> str:
@@ -87,7 +95,7 @@ def limit_rows(t: Translation, key: str, words: list[str], count: int) -> list[s
     """Return the words with #count appended. A word that already has a # is not changed.
 
     The toolkit of the recipe takes the first `count` rows. With #count, llm_sft.py draws `count` random rows. A note
-    tells the user of this difference.
+    about this difference is added to `t`. `words` are values of --dataset.
     """
     t.note('different', key, f'{count} rows of each data set are drawn at random; {t.toolkit} takes the first rows')
     return [word if '#' in word else f'{word}#{count}' for word in words]

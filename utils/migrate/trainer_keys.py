@@ -23,7 +23,7 @@ FASTER = unused('it changes only speed or memory; llm_sft.py uses its fast path 
 NOT_BUILT = 'is not supported on purpose; the run trains without it'
 LOGGING = unused('logs and progress bars are those of llm_sft.py')
 LOADING = unused('files are read, encoded and cached as described in docs/data.md')
-TOKEN = unused('tokens are read from the environment only: HF_TOKEN, or MODELSCOPE_API_TOKEN')
+TOKEN = unused('the token of a recipe is not used. Set the environment variable HF_TOKEN or MODELSCOPE_API_TOKEN')
 DIVIDED = refused(
     'one model or row is divided over several devices, which is not supported. Remove the key, and use '
     '--deepspeed_config_path ds_config/zero3.json for a model that is larger than a GPU.'
@@ -45,22 +45,26 @@ def _max_steps(t: Translation, key: str, value: Any) -> None:
 
 
 def resume(t: Translation, key: str, value: Any) -> None:
-    """Refuse resume_from_checkpoint, because a checkpoint of a different toolkit cannot be resumed."""
+    """Refuse resume_from_checkpoint, because a checkpoint of a different toolkit cannot be resumed.
+
+    If the key is off, adds only a note.
+    """
     if is_off(value):
         t.note('without effect', key, 'a new run is started')
         return
     t.refuse(
         key,
         f'a checkpoint of {t.toolkit} cannot be resumed here. Remove the key; to train its adapter further, use '
-        '--adapter DIR where this version has it.',
+        '--adapter DIR.',
     )
 
 
 def deepspeed(t: Translation, key: str, value: Any) -> None:
-    """Translate the name or path of a DeepSpeed configuration.
+    """Translate the name or path of a DeepSpeed configuration to --deepspeed_config_path.
 
-    If the name contains a ZeRO stage, the configuration of this project for the stage is used, e.g.
-    ds_config/zero3.json. Stage 1 becomes stage 2.
+    If the name contains a ZeRO stage, such as zero3, z3 or stage3, the configuration of this project for the stage is
+    used, e.g. ds_config/zero3.json. Stage 1 (zero1 or z1) becomes stage 2. If the key is off, or if the name is zero0
+    or ds_z0_config.json, the flag is not set. Any other path is kept. A configuration as an object is a problem.
     """
     if isinstance(value, dict):
         t.refuse(key, 'the configuration is in the recipe. Save it as JSON, and give it to --deepspeed_config_path.')
@@ -84,7 +88,10 @@ def deepspeed(t: Translation, key: str, value: Any) -> None:
 
 
 def fsdp(t: Translation, key: str, value: Any) -> None:
-    """Translate FSDP of version 1 or 2. This project always uses FSDP2 over all processes."""
+    """Translate FSDP of version 1 or 2 to --fsdp, unless the key is off.
+
+    This project always uses FSDP2 over all processes.
+    """
     if is_off(value):
         t.note('without effect', key, 'it is off')
         return
@@ -93,7 +100,10 @@ def fsdp(t: Translation, key: str, value: Any) -> None:
 
 
 def precision(t: Translation, key: str, value: Any) -> None:
-    """Translate the keys bf16, fp16, bfloat16 and float16 to --dtype."""
+    """Translate the keys bf16, fp16, bfloat16 and float16 to --dtype.
+
+    If the value is auto or off, the flag is not set.
+    """
     if str(value).lower() == 'auto':
         t.note('used', key, 'bf16 if the device supports it, which is also the default here')
     elif is_off(value):
@@ -103,7 +113,7 @@ def precision(t: Translation, key: str, value: Any) -> None:
 
 
 def torch_dtype(t: Translation, key: str, value: Any) -> None:
-    """Translate torch_dtype (bfloat16, float16 or float32) to --dtype."""
+    """Translate torch_dtype (bfloat16, float16 or float32) to --dtype. If the value is auto, the flag is not set."""
     short = {'bfloat16': 'bf16', 'float16': 'fp16', 'float32': 'fp32'}
     if str(value) == 'auto':
         t.note('used', key, 'chosen by the device here, bf16 if it is supported')
@@ -112,7 +122,10 @@ def torch_dtype(t: Translation, key: str, value: Any) -> None:
 
 
 def scheduler(t: Translation, key: str, value: Any) -> None:
-    """Translate the name of the learning-rate schedule. cosine_with_min_lr becomes cosine with --min_lr_ratio."""
+    """Translate the name of the learning-rate schedule.
+
+    cosine_with_min_lr becomes cosine. The rule for lr_scheduler_kwargs sets its lowest rate.
+    """
     if str(value) != 'cosine_with_min_lr':
         t.use(key, 'lr_scheduler_type', value)
         return
@@ -143,7 +156,7 @@ def warmup_steps(t: Translation, key: str, value: Any) -> None:
 
 
 def report_to(t: Translation, key: str, value: Any) -> None:
-    """Translate report_to. `all` becomes the default of --report_to, because `all` depends on installed packages."""
+    """Translate report_to. With `all`, --report_to keeps its default, because `all` depends on installed packages."""
     names = to_list(' '.join(map(str, value)).replace(' ', ',') if isinstance(value, list) else value)
     if names == ['all']:
         t.note('different', key, 'only tensorboard, the default here, and not every tracker that is installed')
@@ -162,7 +175,13 @@ def optimizer(t: Translation, key: str, value: Any) -> None:
 
 
 def new_tokens(t: Translation, key: str, value: Any) -> None:
-    """Refuse a key that adds tokens to the vocabulary, because --new_tokens reads tokens from a file."""
+    """Refuse a key that adds tokens to the vocabulary, because --new_tokens reads tokens from a file.
+
+    If the key is off, adds only a note.
+    """
+    if is_off(value):
+        t.note('without effect', key, 'it is off')
+        return
     t.refuse(
         key,
         'the recipe adds tokens to the vocabulary. Write them to a text file, one per line, and add --new_tokens FILE.',
@@ -170,7 +189,7 @@ def new_tokens(t: Translation, key: str, value: Any) -> None:
 
 
 def generation_off(t: Translation, key: str, value: Any) -> None:
-    """Refuse a recipe that generates answers and does not train."""
+    """Refuse a recipe that generates answers and does not train. If the key is off or do_train is on, adds a note."""
     if is_on(value) and not is_on(t.get('do_train')):
         t.refuse(key, 'the recipe answers rows and trains nothing. Use python llm_infer.py --ckpt_dir CHECKPOINT.')
     else:
@@ -274,7 +293,10 @@ def set_steps(t: Translation, *, evaluates: bool, save_default: int = 500) -> No
 
     If the strategy is `epoch`, the flag is set to the share of the run that one epoch takes. If `evaluates` is False,
     the command has no validation rows, and --eval_steps is not set. If the recipe has no save_steps, --save_steps is
-    set to `save_default`.
+    set to `save_default`. If the recipe has no eval_steps, --eval_steps is set to the value of --save_steps.
+
+    If eval_strategy is `no`, --eval_steps is not set. If save_strategy is `no`, --save_steps is set. Both get a note,
+    because llm_sft.py always evaluates validation rows and always writes checkpoints.
     """
     epochs = to_number(t.get('num_train_epochs')) or 3
     key = 'eval_strategy' if t.get('eval_strategy') is not None else 'evaluation_strategy'
@@ -285,14 +307,16 @@ def set_steps(t: Translation, *, evaluates: bool, save_default: int = 500) -> No
         t.use(key, 'eval_steps', run_share(epochs))
     elif evaluates and strategy == 'steps':
         _use_steps(t, 'eval_steps', t.get('save_steps', save_default))
+    elif evaluates:
+        t.note('different', key, 'validation rows are always evaluated here; --eval_steps says how often')
     elif is_on(t.get('eval_steps')):
-        t.note('without effect', 'eval_steps', 'nothing is evaluated')
+        t.note('without effect', 'eval_steps', 'there are no validation rows')
 
     if saved == 'epoch':
         t.use('save_strategy', 'save_steps', run_share(epochs))
     else:
         _use_steps(t, 'save_steps', save_default)
-    if saved == 'no':
+    if is_off(saved):
         t.note('different', 'save_strategy', 'checkpoints are always written here')
 
 

@@ -33,7 +33,8 @@ class Translation:
     """A recipe that is being translated. `flags` has the flags of the command for llm_sft.py so far.
 
     `values` has the keys and values of the recipe, and `environment` its environment variables. `processes` is the
-    number of processes of the command. It is None if the recipe does not say this number.
+    number of processes of the command. It is None if the recipe does not say this number. `sharded` says whether the
+    command shards the model over the processes.
     """
 
     toolkit: str
@@ -176,7 +177,7 @@ def refused(problem: str) -> Rule:
 
 
 def silent(t: Translation, key: str, value: Any) -> None:
-    """Do nothing, because the rule of a different key reads this key."""
+    """Do nothing, because this key is read in a different place, or has no meaning for llm_sft.py."""
 
 
 def apply_rules(t: Translation, rules: Mapping[str, Rule], families: Mapping[str, Rule]) -> None:

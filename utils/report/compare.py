@@ -32,7 +32,7 @@ def _flat(value: dict[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
-    """Return (name, value in a, value in b) for each value that differs. A missing value is None."""
+    """Return (name, value in a, value in b) for each value that differs, sorted by name. A missing value is None."""
     left = _flat(a)
     right = _flat(b)
     return [(key, left.get(key), right.get(key)) for key in sorted(left | right) if left.get(key) != right.get(key)]

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 
 def resume_command(done: Ready[SftArguments], checkpoint: Path) -> str:
-    """Return the command line that resumes the run from a checkpoint. It has the typed flags except the hub token.
+    """Return the command line that resumes the run from a checkpoint.
 
-    --adapter is left out, because the checkpoint holds the adapter.
+    It has the typed flags that `typed_words` returns, so it has no hub token. --adapter is left out, because the
+    checkpoint holds the adapter.
     """
     words = [*typed_words(done, 'resume_from_checkpoint', 'adapter'), *flag_words('resume_from_checkpoint', checkpoint)]
     launcher = ['python']
@@ -65,6 +66,8 @@ def finish_run(
     args: SftArguments, trainer: SftTrainer, run: Run, *, started: float, data: dict[str, Any], asked: BeforeAfter
 ) -> Path:
     """Write run.json, the curves and the report, and log the commands to run next. Returns the best checkpoint.
+
+    If no checkpoint was found to be the best, returns the last one.
 
     `asked` generates the answers of the trained model, and writes answers.json. `started` is the time.time() at the
     start of the run. `data` has the facts about the rows for run.json.

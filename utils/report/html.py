@@ -126,7 +126,10 @@ def _data(run: RunFiles) -> list[Markup]:
 
 
 def _sets(run: RunFiles) -> Markup:
-    """Return a table with the rows and last scores of each validation set, or '' if there are fewer than two sets."""
+    """Return a table with the rows and last scores of each validation set.
+
+    Returns '' if there are fewer than two sets, or if the last evaluation has no scores.
+    """
     last = run.outcome.get('last_evaluation') or {}
     rows = run.outcome.get('data', {}).get('validation_sets', {})
     scores = [score for score in scores_of(run.record.flags) if f'eval_{score}' in last]
@@ -183,7 +186,7 @@ def _title(run: RunFiles) -> tuple[str, str]:
     name = flags['model_type'] or flags['model_id_or_path']
     start = ''
     if lineage := run.record.lineage:
-        start = f', from the adapter {lineage["path"]} (sha256 {lineage["sha256"][:12]})'
+        start = f', from the adapter {lineage["path"]} (sha256 {lineage["sha256"][:12]}...)'
     return name, f'{method}{bits}{start} on {", ".join(flags["dataset"])} · {run.folder.name}'
 
 
@@ -229,7 +232,10 @@ def _folded(title: str, rows: list[tuple[str, Any]]) -> Markup:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html from the files of a run folder. Returns the path of report.html."""
+    """Write report.html from the files of a run folder. Returns the path of report.html.
+
+    Raises ConfigError if the run folder cannot be read.
+    """
     target = run_dir / REPORT_HTML
     target.write_text(render(read_run(run_dir)), encoding='utf-8')
     return target

@@ -15,7 +15,8 @@ from utils.report.page import Markup, page, section, table
 
 # A row is known if its loss per token is below this number of nats.
 KNOWN = 0.1
-# A row is learnt if training took away at least this share of its loss, and worse if it added this share.
+# A row is learnt if training took away more than this share of its loss. It is worse if training added more than this
+# share, and the row is not known afterwards.
 CHANGED = 0.1
 # The number of rows of a kind that are named.
 _NAMED = 5
@@ -24,9 +25,10 @@ Row = dict[str, Any]
 
 
 def kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Group rows by the effect of training, for example {'learnt': [row, row], 'got worse': [row]}.
+    """Group rows by the effect of training: {'got worse': [...], 'the base knew': [...], 'learnt': [...], ...}.
 
-    `rows` is the content of rows.jsonl. A row is left out if its loss before or after training is missing.
+    The last key is 'not learnt'. All four keys exist, and the rows in a list keep their order. `rows` is the content of
+    rows.jsonl. A row is left out if its loss before or after training is missing.
     """
     found: dict[str, list[Row]] = {'got worse': [], 'the base knew': [], 'learnt': [], 'not learnt': []}
     for row in rows:
@@ -61,7 +63,8 @@ def losses_section(rows: Sequence[Row]) -> list[Markup]:
     ]
     says = (
         f'Loss per token of {count} of {len(rows)} validation rows, before and after training. Known: below {KNOWN} '
-        f'nats. Learnt: at least {CHANGED:.0%} less; worse: more than {CHANGED:.0%} more. rows.jsonl has every row.'
+        f'nats. Learnt: more than {CHANGED:.0%} less. Worse: more than {CHANGED:.0%} more, and not known afterwards. '
+        'rows.jsonl has every row.'
     )
     return [Markup(f'<p class="faint">{says}</p>'), table(['rows that', 'count', 'first rows: before → after'], lines)]
 
@@ -93,8 +96,9 @@ def read_answers(file: Path) -> dict[str, Row]:
 def compare_answers(before: Path, after: Path, target: Path) -> None:
     """Print which rows have higher or lower scores in `after` than in `before`, and write these rows to a page.
 
-    `before` and `after` are files of llm_infer.py, and `target` is the page. Rows are compared by the first score.
-    Raises ConfigError if the files have no row or no score in common, or if `target` cannot be written.
+    A few of these rows are printed, and the page has all of them. `before` and `after` are files of llm_infer.py, and
+    `target` is the page. Rows are compared by the first score that both files have. Raises ConfigError if the files
+    have no row or no score in common, or if `target` cannot be written.
     """
     left = read_answers(before)
     right = read_answers(after)

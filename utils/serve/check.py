@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from utils.encode.encoder import Encoder
 
-# The number of rows that are asked again, without the template of the server, to find out why answers differ.
+# At most this number of rows are asked again, without the template of the server, to find out why answers differ.
 _ASKED_AGAIN = 3
 _PROGRESS_ROWS = 16
 
@@ -62,8 +62,9 @@ class ServerCheck:
     def run(self, rows: Sequence[Row], target: Path) -> int:
         """Send the rows to the server, print the findings, and write them to the file `target`.
 
-        Returns 1 if a check failed: the server answers differently, or it refused a row. Otherwise returns 0. Raises
-        ConfigError if no row can be compared.
+        If --show_dataset_sample is smaller than the number of rows, only that many rows are drawn and sent. Returns 1
+        if a finding is a failure, for example because the server answers differently or refused a row. Otherwise
+        returns 0. Raises ConfigError if no row can be compared, or if the server does not answer.
         """
         chosen = draw(list(rows), self.args.show_dataset_sample, self.args.dataset_seed)
         asked = self._ask(self._questions(chosen))
@@ -101,14 +102,15 @@ class ServerCheck:
         if not questions:
             raise ConfigError(
                 f'--check_server: no row can be sent: {"; ".join(self.not_sent.lines("not sent"))}. '
-                'Give conversations with --dataset.'
+                'Give other conversations with --dataset.'
             )
         return questions
 
     def _ask(self, questions: Sequence[Question]) -> list[Asked]:
-        """Send the requests, and return the replies. `self.refused` then counts the requests that the server refused.
+        """Send the requests, and return the replies, in the order of `questions`.
 
-        Raises ConfigError if the server refuses all requests.
+        A refused request has no reply. `self.refused` counts these requests. Raises ConfigError if the server refuses
+        all requests, or if it does not answer.
         """
         asked = []
         for number, question in enumerate(questions, 1):
@@ -120,7 +122,7 @@ class ServerCheck:
             served_ids = self.server.prompt_ids(question.request)
             asked.append(Asked(question=question, reply=reply, served_ids=served_ids))
             if number % _PROGRESS_ROWS == 0:
-                logger.info(f'the server answered {number} of {len(questions)} rows')
+                logger.info(f'{number} of {len(questions)} rows were sent to the server')
         if not asked:
             raise ConfigError(
                 f'--check_server {self.args.check_server}: the server answers no row: '
@@ -147,9 +149,9 @@ class ServerCheck:
     def _ask_again(self, checked: Sequence[Checked]) -> Finding | None:
         """Test whether the server has a different chat template. Returns the finding that says so, or None.
 
-        Up to _ASKED_AGAIN rows with differing answers are tested. The prompt of the run is sent as a raw prompt, to
-        which the server applies no template. If all new answers agree with those of the run, the template of the server
-        has caused the difference.
+        Only rows with different answers and without images or separate reasoning are tested. The prompt of the run is
+        sent as a raw prompt, to which the server applies no template. If all new answers agree with those of the run,
+        the template of the server has caused the difference.
         """
         # The test needs no rows whose prompt ids the server gives: for these rows, the ids are compared.
         differing = [
@@ -172,8 +174,8 @@ class ServerCheck:
     def _without_template(self, question: Question) -> Reply | None:
         """Send the prompt of the run as a raw prompt, to which the server applies no template. Returns the reply.
 
-        The prompt is sent as token ids. If the server refuses ids, the prompt is sent as text. Returns None if the
-        server refuses both.
+        The prompt is sent as token ids. If the server refuses ids, the prompt is sent as the text that `_as_text`
+        returns. Returns None if the server refuses both, or if there is no such text.
         """
         for prompt in (question.ids, self._as_text(question.ids)):
             if prompt is None:

@@ -44,7 +44,8 @@ class Reply:
     Some servers remove the reasoning and the tool calls from the text of the answer. `reasoning` is the removed
     reasoning, and `has_calls` says whether tool calls were removed. `finish` is the finish reason. `finish`,
     `prompt_tokens` and `new_tokens` are None if the server does not give them. `first` is {token: log probability} for
-    the first token of the answer and for the alternatives to it that the server lists.
+    the first token of the answer and for the alternatives to it that the server lists. If the server gives no log
+    probabilities, `first` is empty.
     """
 
     text: str
@@ -59,7 +60,8 @@ class Reply:
 def reach(address: str, model: str | None) -> Server:
     """Connect to the server at `address` and return its client. `model` is a name, or None for the only model.
 
-    Raises ConfigError if the server does not answer, or if `model` is None and the server lists several models.
+    Raises ConfigError if the server does not answer in the form of the OpenAI API, or does not accept the API key. If
+    `model` is None, it also raises ConfigError if the server cannot list its models, or lists several.
     """
     server = Server(address)
     server.choose_model(model)
@@ -93,8 +95,7 @@ class Server:
         """Set the name of the model for all requests. This is `name` if it is not None.
 
         If `name` is None, the only model that the server lists is used. If the server lists no model, requests contain
-        no model name. Raises ConfigError if the server does not answer, or if `name` is None and the server lists
-        several models.
+        no model name. Raises ConfigError in the same cases as `reach`.
         """
         try:
             listed = self._listed()
@@ -112,10 +113,10 @@ class Server:
 
     def _refusal(self, error: Refused) -> str:
         if error.status in (401, 403):
-            state = 'does not accept its value' if self._key else 'is not set'
+            state = f'does not accept that in {KEY_VARIABLE}' if self._key else f'{KEY_VARIABLE} is not set'
             return (
-                f'--check_server {self.address}: the server asks for a key, and the environment variable '
-                f'{KEY_VARIABLE} {state} ({error}). Set {KEY_VARIABLE} to the key of the server.'
+                f'--check_server {self.address}: the server asks for a key, and {state} ({error}). Set the environment '
+                f'variable {KEY_VARIABLE} to the key of the server.'
             )
         return (
             f'--check_server {self.address}: /v1/models answers {error}. Give the address of an OpenAI-style server, '
@@ -163,7 +164,7 @@ class Server:
         """Return the token ids into which the server converts a conversation, with the generation prompt.
 
         The OpenAI API has no request for this. vLLM and SGLang have one (/tokenize), and llama.cpp has a different one
-        (/apply-template). Returns None if the server has neither.
+        (/apply-template). Returns None if the server has neither, or if the request fails.
         """
         while self._id_forms:
             try:
@@ -191,8 +192,8 @@ class Server:
     def _send(self, path: str, body: Mapping[str, Any] | None, *, seconds: int = _ANSWER_SECONDS) -> Any:
         """Send a request to `path` and return the JSON answer. The request is GET if `body` is None, else POST.
 
-        Raises Refused for an HTTP error. Raises ConfigError if no answer comes within `seconds`, or if the answer is
-        not JSON.
+        Raises Refused for an HTTP error. Raises ConfigError if the server cannot be reached, if it sends nothing for
+        `seconds`, or if the answer is not JSON.
         """
         headers = {'Content-Type': 'application/json'}
         if self._key:
@@ -239,14 +240,15 @@ class Server:
     def _reply(self, path: str, content: Any) -> Reply:
         try:
             return _read_reply(content)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise self._strange(path, json.dumps(content)) from error
 
 
 def _read_reply(content: Any) -> Reply:
     """Return `content`, the JSON answer of a server, as a Reply.
 
-    Raises KeyError, IndexError, TypeError or AttributeError if `content` does not have the form of the OpenAI API.
+    Raises KeyError, IndexError, TypeError, AttributeError or ValueError if `content` does not have the form of the
+    OpenAI API.
     """
     choice = content['choices'][0]
     usage = content.get('usage') or {}
@@ -291,7 +293,11 @@ def _ids(tokens: Any) -> list[int]:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """Return the error message in the body of an HTTP error. Without a message, returns the whole body."""
+    """Return the error message in the body of an HTTP error.
+
+    Without a message, returns the whole body. If the body is empty or cannot be read, returns the HTTP reason, such as
+    'Not Found'.
+    """
     try:
         text = error.read().decode('utf-8', 'replace')
     except (OSError, http.client.HTTPException):

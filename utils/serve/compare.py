@@ -60,13 +60,14 @@ class Agreement:
     """
 
     kind: Literal['equal', 'rounding', 'different']
-    # The number of the first different token, counted from 1.
+    # The number of the first different token, counted from 1, or 0 if the answers are equal. If the server removed the
+    # reasoning from its answer, the answers are compared as a whole. The number is then always 1.
     at: int = 0
-    # The two answers from the first different token on.
+    # The two answers from token `at` on, or '' if `at` is 0.
     model_rest: str = ''
     server_rest: str = ''
     # The log probability of the model's most likely token minus the log probability of the server's token. None if the
-    # server's token is not among the model's likely tokens.
+    # server's token is not among the model's likely tokens, or if no token was compared.
     gap: float | None = None
 
     @property
@@ -91,7 +92,8 @@ class Checked:
     agreement: Agreement | None
     # How the server's answer agrees with `base_answer`. Also None if `agreement` is None, or if it is 'equal'.
     base_agreement: Agreement | None
-    # 'early' if the server's answer is only the beginning of `answer`, 'late' if it goes on after its end, else None.
+    # 'early' if the server ended its answer, and `answer` goes on there. 'late' if the server goes on after the end of
+    # `answer`. Otherwise None. Also None if the answers differ only by rounding, or if the server removed reasoning.
     stops: Literal['early', 'late'] | None
     # The server lists log probabilities of candidates for the first token. This is their largest difference from the
     # log probabilities in the run's model (`first`) and in the base model (`first_base`). Only candidates that are
@@ -117,12 +119,15 @@ class Checked:
 
     @property
     def reply(self) -> Reply:
-        """Return the reply of the server."""
+        """Return the stored reply of the server. No request is sent."""
         return self.asked.reply
 
     @property
     def base_differs(self) -> bool:
-        """Return whether the run and its base answer this row differently. Returns False without an adapter."""
+        """Return whether the run and its base answer this row differently, apart from white space at the ends.
+
+        Returns False without an adapter.
+        """
         return self.base_answer is not None and self.base_answer.text.strip() != self.answer.text.strip()
 
     @property
@@ -187,7 +192,8 @@ def check_row(asked: Asked, answer: Expected, base_answer: Expected | None, *, r
 def agree(question: Question, reply: Reply, expected: Expected, *, rounding: float) -> Agreement | None:
     """Compare `reply`, the answer of the server, with `expected`, the answer of a model. Returns the agreement.
 
-    White space at the ends of an answer is not counted as a difference if the server or the decoding removed it.
+    White space at the ends of an answer is not counted as a difference if the server or the decoding removed it. If the
+    server removed the reasoning from its answer, the reasoning and the rest are looked for in the model's answer.
     Returns None if the server removed tool calls from its answer. `rounding` is the largest difference of two log
     probabilities that still counts as rounding.
     """
@@ -241,8 +247,9 @@ def _gap(after: Next, rest: str, *, is_cut: bool) -> float | None:
 def _stops(reply: Reply, answer: Expected, agreement: Agreement | None) -> Literal['early', 'late'] | None:
     """Return 'early' if the server's answer is too short, and 'late' if it is too long.
 
-    An answer is too short if it is only the beginning of the run's answer. It is too long if it goes on after the end
-    of the run's answer. In all other cases, returns None.
+    An answer is too short if the server ended it, and the run's answer goes on there. It is too long if it goes on
+    after the end of the run's answer. In all other cases, returns None. Also returns None if the answers differ only by
+    rounding, or if the server removed the reasoning from its answer.
     """
     if agreement is None or agreement.kind == 'rounding' or reply.reasoning:
         return None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
 
+from utils.serve.client import Reply
 from utils.serve.compare import Agreement, Checked, first_different
 from utils.serve.expected import Model
 
@@ -24,7 +25,7 @@ _ADAPTER_REMEDY = (
 class Finding(NamedTuple):
     """The result of one comparison: its name, whether the server agrees, what was observed, and the remedy.
 
-    `agrees` is None if nothing was compared.
+    `agrees` is None if the finding is only a note, for example because nothing could be compared.
     """
 
     name: str
@@ -39,7 +40,9 @@ class Finding(NamedTuple):
 
 
 def findings(rows: Sequence[Checked], model: Model, *, has_base: bool, rounding: float) -> list[Finding]:
-    """Return the findings on the compared rows, of which there is at least one. `model` is the model of the run.
+    """Return the findings on the compared rows, of which there is at least one. The first finding is about the prompts.
+
+    `model` is the model of the run.
 
     If `has_base` is True, the run has an adapter, and each row was also compared with the base model. `rounding` is the
     largest difference of two log probabilities that still counts as rounding.
@@ -78,7 +81,8 @@ def _on_prompts(rows: Sequence[Checked], model: Model) -> Finding:
     if counted:
         says = f'number of tokens equal in {len(counted)} of {len(rows)} rows; {_ids_known(shown)}'
         return Finding('prompts', True, says)
-    return Finding('prompts', None, f'not compared: the server counts no prompt tokens; {_ids_known(shown)}')
+    left = 'not compared' if not shown else f'{len(rows) - len(shown)} of {len(rows)} rows not compared'
+    return Finding('prompts', None, f'{left}: the server counts no prompt tokens; {_ids_known(shown)}')
 
 
 def _ids_known(shown: Sequence[Checked]) -> str:
@@ -89,7 +93,7 @@ def template_differs(agreeing: int, tried: int) -> Finding:
     """Return the finding that the server and the run have different chat templates.
 
     `tried` is the number of prompts that were sent a second time, as raw prompts, to which the server applies no
-    template. `agreeing` is the number of answers that then were equal to those of the run.
+    template. `agreeing` is the number of answers that then were equal to those of the run, up to rounding.
     """
     says = (
         'template differs: the server shows no token ids, but it answers as the run if it gets the prompt of the run '
@@ -131,7 +135,7 @@ def _adapter_by_first(rows: Sequence[Checked], telling: int) -> Finding:
             f'not shown to be active: it agrees with neither in the {telling} rows that run and base answer differently'
         )
         return Finding('adapter', None, says)
-    says = 'not shown to be active: run and base answer all rows alike'
+    says = 'not shown to be active: run and base answer all compared rows alike'
     return Finding('adapter', None, says, 'Check more rows: --show_dataset_sample -1')
 
 
@@ -150,13 +154,17 @@ def _on_answers(rows: Sequence[Checked]) -> Finding:
 
     first = next(row for row in rows if row.agreement is not None and not row.agreement.holds)
     assert first.agreement is not None, 'chosen'
-    parts.append(f'{kinds.count("different")} differ, first {first.origin} at {_where(first.agreement)}')
+    parts.append(f'{kinds.count("different")} differ, first {first.origin} at {_where(first.agreement, first.reply)}')
     remedy = 'If only this line fails, the server may compute in another dtype: give it here too with --dtype.'
     return Finding('answers', False, ', '.join(parts), remedy)
 
 
-def _where(agreement: Agreement) -> str:
+def _where(agreement: Agreement, reply: Reply) -> str:
     far = 'far less likely here' if agreement.gap is None else f'less likely by {agreement.gap:.2g}'
+    if reply.reasoning:
+        far = 'compared as a whole, because the server took the reasoning out'
+    elif not agreement.server_rest and reply.finish == 'length':
+        far = 'the server cut its answer at a maximum number of tokens'
     run, server = (quoted(text) if text else 'the end' for text in (agreement.model_rest, agreement.server_rest))
     return f'token {agreement.at}: run {run} server {server} ({far})'
 
@@ -164,8 +172,8 @@ def _where(agreement: Agreement) -> str:
 def _on_stops(rows: Sequence[Checked]) -> list[Finding]:
     """Return a finding about answers that are too long, and one about answers that are too short, if there are any.
 
-    An answer of the server is too long if it goes on after the end of the run's answer. It is too short if it is only
-    the beginning of the run's answer.
+    An answer of the server is too long if it goes on after the end of the run's answer. It is too short if the server
+    ended it, and the run's answer goes on there.
     """
     made = []
     for kind, says in (

@@ -50,7 +50,8 @@ class Question:
 def question_of(row: Row, encoder: Encoder) -> Question:
     """Return the row, the ids of its prompt, and the request for the prompt.
 
-    Raises NotSayable if no request makes a server arrive at exactly these ids.
+    Raises NotSayable if the row is plain text, if its prompt is longer than --max_length, or if no request makes a
+    server arrive at exactly these ids.
     """
     if row.is_text:
         raise NotSayable(IS_TEXT)
@@ -110,8 +111,8 @@ def _call(call: Mapping[str, Any], made_id: str) -> dict[str, Any]:
 def _tool(tool: Any) -> Any:
     """Return a copy of the tool in which all numbers are int or float, as in JSON that a server has parsed.
 
-    The number 1.10 in a row keeps its last digit 0, and a server drops this digit. Raises NotSayable if the tool is not
-    {'type': 'function', 'function': {...}}.
+    The number 1.10 in a row keeps its last digit 0, and a server drops this digit. Raises NotSayable if the tool has no
+    object with the key `function`.
     """
     if not isinstance(tool, Mapping) or not isinstance(tool.get('function'), Mapping):
         raise NotSayable(OTHER_TOOL)
