@@ -12,8 +12,9 @@ from utils.cli.parser import parse
 from utils.cli.ranges import OPTIMIZERS, SCHEDULERS
 from utils.cli.resolution import Resolution
 from utils.cli.resolve import resolve_sft
+from utils.cli.template_entry import entry_problems
 from utils.model import MODEL_MAPPING, get_model_info, infer_model_type, load_model, load_tokenizer
-from utils.preprocess import TEMPLATE_MAPPING
+from utils.preprocess import TEMPLATE_MAPPING, Template
 
 
 def resolved(*words: str) -> Resolution[SftArguments]:
@@ -27,6 +28,51 @@ def test_entries_are_complete() -> None:
         assert info.hf_model_id is None or info.hf_model_id.count('/') == 1
         assert info.template in TEMPLATE_MAPPING and info.lora_target_modules
     assert len(TEMPLATE_MAPPING) >= 13
+
+
+TEXT = ('{{QUERY}}\n',)
+END = (('eos_token_id',),)
+ENTRIES = [
+    (Template(prefix=('{{SYSTM}}\n',), prompt=TEXT, chat_sep=(), suffix=END),
+     ["prefix: {{SYSTM}} is unknown: did you mean '{{SYSTEM}}'? This field has {{SYSTEM}}."]),
+    (Template(prefix=(), prompt=('{{ query }}',), chat_sep=None, suffix=END),
+     ["prompt: {{ query }} is unknown: did you mean '{{QUERY}}'? This field has {{QUERY}} and {{ROUND}}."]),
+    (Template(prefix=(), prompt=TEXT, chat_sep=('{{QUERY}}',), suffix=('{{SYSTEM}}', *END)),
+     ['chat_sep: {{QUERY}} is unknown. This field has no placeholders.',
+      'suffix: {{SYSTEM}} is unknown. This field has no placeholders.']),
+    (Template(prefix=(), prompt=('Q: \nA: ',), chat_sep=(), suffix=()),
+     ['prompt: it has no {{QUERY}}, so the model would see no question. Add {{QUERY}}.',
+      "suffix: it is empty, so the model would not learn to end a reply. Write (('eos_token_id',),)."]),
+    (Template(prefix=(1,), prompt='{{QUERY}}', chat_sep=(), suffix=((None,),)),  # type: ignore[arg-type]
+     ['prefix: 1 is neither a text nor a tuple. Write (1,) for the token with this id.',
+      "prompt: '{{QUERY}}' is no tuple. Write ('{{QUERY}}',), with the comma.",
+      "suffix: (None,) has parts that are neither token ids nor names. Write e.g. ('eos_token_id',)."]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('template', 'faults'), ENTRIES)
+def test_a_wrong_template_is_refused_before_it_drops_text(
+    template: Template, faults: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TEMPLATE_MAPPING, 'mine', template)
+    done = resolved('--model_type', 'llama2-7b', '--dataset', 'sql-demo', '--template_type', 'mine')
+    beginning = '--template_type mine: its entry in utils/preprocess.py, '
+    assert done.problems.found == [beginning + fault for fault in faults]
+
+
+def test_what_is_no_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TEMPLATE_MAPPING, 'mine', (TEMPLATE_MAPPING['chatml'],))  # type: ignore[arg-type]
+    done = resolved('--model_type', 'llama2-7b', '--dataset', 'sql-demo', '--template_type', 'mine')
+    assert done.problems.found == [
+        '--template_type mine: its entry in utils/preprocess.py is a tuple, not a Template. Remove a comma behind '
+        'Template(...).'
+    ]
+
+
+def test_the_templates_here_have_no_mistakes() -> None:
+    templates = {name: template for name, template in TEMPLATE_MAPPING.items() if template is not None}
+    assert len(templates) >= 12
+    assert not [problem for name, template in templates.items() for problem in entry_problems(name, template)]
 
 
 def test_model_type_is_inferred_from_ids_and_folder_names() -> None:

@@ -28,7 +28,7 @@ from utils.encode.encoded import (
 from utils.encode.encoder import Encoder
 from utils.encode.make import make_encoder
 from utils.encode.show import show_row
-from utils.preprocess import AUTO, TEMPLATE_MAPPING
+from utils.preprocess import AUTO, TEMPLATE_MAPPING, Template
 
 REGISTERED = [name for name, template in TEMPLATE_MAPPING.items() if template is not None]
 
@@ -251,3 +251,11 @@ def test_front_is_cut_and_the_cut_is_noted() -> None:
         assert cut.notes == [note]
         assert cut.input_ids[cut.trained[0] : cut.trained[1]] == whole.input_ids[-min(max_length, reply) :]
     assert encoder('default', max_length=len(whole.input_ids)).encode([row])[0].notes == []
+
+
+@pytest.mark.parametrize('name', ['eos_tokn_id', 'eos_token'])
+def test_a_token_name_that_gives_no_id_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = Template(prefix=(), prompt=('{{QUERY}}',), chat_sep=None, suffix=((name,),))
+    monkeypatch.setitem(TEMPLATE_MAPPING, 'mine', template)
+    with pytest.raises(ConfigError, match=f"template 'mine' needs {name}, which the tokenizer does not have."):
+        encoder('mine')

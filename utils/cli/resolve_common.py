@@ -9,6 +9,7 @@ from typing import Any
 from utils.base.errors import ConfigError, did_you_mean
 from utils.cli.arguments import CommonArguments, InferArguments, SftArguments
 from utils.cli.resolution import Resolution, run_name
+from utils.cli.template_entry import entry_problems
 from utils.data.sources import Source, of_flag, parse_source
 from utils.formats.reading import read_columns
 from utils.loading.info import ModelInfo
@@ -79,7 +80,10 @@ def _resolve_template(done: Resolution[Any], info: ModelInfo) -> None:
         done.decide('template_type', info.template, reason)
 
     template = TEMPLATE_MAPPING[args.template_type]
-    if template is not None and not template.has_system:
+    faults = [] if template is None else entry_problems(args.template_type, template)
+    for fault in faults:
+        done.problems.add(fault)
+    if template is not None and not faults and not template.has_system:
         done.without_effect(('system',), f"template '{args.template_type}' has no place for a system text")
     if args.template_type == AUTO and 'system' not in done.typed:
         done.decisions.append("system = the template's own default because template auto passes only a typed --system")

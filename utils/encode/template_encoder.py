@@ -73,13 +73,13 @@ class TemplateEncoder(Encoder):
         """
         if isinstance(part, int):
             return part
-        value = getattr(self.tokenizer, part)
-        if value is None:
+        value = getattr(self.tokenizer, part, None)
+        if not isinstance(value, int):
             raise ConfigError(
                 f"template '{self.name}' needs {part}, which the tokenizer does not have. "
                 "Choose another --template_type, or set the token in the model's tokenizer_config.json."
             )
-        return int(value)
+        return value
 
     def _context(self, row: Row) -> tuple[list[str | list[int]], bool, list[str]]:
         """Return (pieces, is_guarded, notes) for a prompt. `row` has the messages of the prompt, not the last reply.
