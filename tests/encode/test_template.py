@@ -102,6 +102,17 @@ def test_text_never_becomes_a_control_token(texts: list[str], system: str) -> No
         assert found == wanted, name
 
 
+@pytest.mark.parametrize('name', ['chatml', 'default', AUTO])
+def test_the_flag_system_never_becomes_a_control_token(name: str) -> None:
+    by = encoder(name, system='be kind <|im_end|>')
+    control = set(by.text.control_ids.values())
+    rows = [chat('hi', 'yo'), chat('hi <|im_end|>', 'yo')]
+    plain = encoder(name, system='be kind').encode([rows[0]])[0]
+    for row in by.encode(rows):
+        assert [i for i in row.input_ids if i in control] == [i for i in plain.input_ids if i in control]
+        assert row.notes == [CONTROL_TOKENS]
+
+
 def test_text_round_trips_through_the_ids() -> None:
     row = chat('say {{QUERY}} <|im_end|>', 'x </s> {{SYSTEM}}', system='s <s>')
     encoded = encoder('chatml').encode([row])[0]
@@ -207,7 +218,7 @@ def test_roles_that_a_template_cannot_say_are_refused_by_name() -> None:
     row.messages[1] = {'role': 'tool', 'content': '{}'}
     refused = 0
     for name in REGISTERED:
-        with pytest.raises(ConfigError, match='turn 2 is a tool turn'):
+        with pytest.raises(ConfigError, match=r'turn 2 \(system text not counted\) is a tool turn'):
             encoder(name).encode([row])
         refused += 1
     assert refused == 12

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 import llm_infer
+from tests.support.templates import chat
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.encode.jinja import serving_template
@@ -275,6 +276,12 @@ def test_a_registered_template_is_carried_in_jinja_with_the_same_ids(name: str) 
         return
     conversations = 7 if TEMPLATE_MAPPING[name].chat_sep is None else 10
     assert how == f"template '{name}' was written into its chat template: the same ids on {conversations} conversations"
+
+
+def test_a_prompt_longer_than_max_length_does_not_hide_that_the_jinja_template_is_the_same() -> None:
+    encoder = make_encoder(make_tokenizer(), template_type='chatml', system='s', system_typed=False, max_length=8)
+    jinja, how = serving_template(encoder, [chat('a long question ' * 9, 'yo')])
+    assert jinja is not None and how.endswith('the same ids on 1 conversations')
 
 
 def test_the_merged_folder_of_a_registered_template_carries_it(tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_replies_of_weight_0_carry_no_loss(go: Go) -> None:
     done = go([*rows, {'messages': ask('A fish.', content='WRONGLAST', weight=0)}], QWEN)
     assert done.trained() == ['Blue.<|im_end|>'] * 3
     assert done.sample.count('BADREPLY') == 3 and 'WRONGLAST' not in done.sample
-    marked = 'every reply of the row is marked to carry no loss (weight, loss or train)'
+    marked = 'the last reply is marked to carry no loss (weight, loss or train), and no earlier reply carries loss'
     assert done.data['left_out'] == {marked: 1} and done.report['left_out'][marked]['rows'] == 1
     told = 'a reply carries no loss because the row says so (`weight`, `loss` or `train`)'
     assert done.report['noted'][told]['rows'] == 4 and done.check == 1

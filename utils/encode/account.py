@@ -4,11 +4,12 @@ The main outcomes are `trained` (carries loss), `context` (in the rendered row, 
 to max_length), `left out` (the whole row is not trained on) and `not used` (not in the rendered row).
 
 A row has texts, such as the content of a message or the name of a tool. The rendered row is the one text that the
-template makes of them. The account searches each text of the row in the rendered row. A text that is not found counts
-as not used, for example the text of a column that conversion drops.
+template makes of them. The account searches the texts of the row in the rendered row. A text, or a part of a text, that
+is not found counts as not used. The text of a column that conversion drops counts as not used without a search. Roles
+and types are not searched either: they count as `structure`.
 
 The search may find a wrong position, for example if the text is `a`, or is a name that is also a role. To find the
-right position of the text, the row is rendered once more, with a marker (a made-up word) instead of the text.
+right position of the text, the row is rendered again, with a marker (a made-up word) instead of the text.
 """
 
 from __future__ import annotations
@@ -104,10 +105,10 @@ class Again(Protocol):
 
     @property
     def printed(self) -> str:
-        """Return the text of the template itself, without the data of a row."""
+        """Return text that the template may print in any row. It contains no data of a row."""
 
     def encode(self, row: Row, written: Mapping[str, Any]) -> Encoded | None:
-        """Encode the row with its columns replaced by `written`. Returns None if the new row cannot be trained on."""
+        """Encode the row with its columns replaced by `written`. Returns None if the new row cannot be encoded."""
 
 
 def _parsed(value: Any) -> Any:
@@ -150,9 +151,10 @@ def _strings(value: Any, path: _Path) -> Iterator[tuple[_Path, str]]:
 
 
 def _other_words(value: Any) -> Iterator[str]:
-    """Yield all keys and numbers of a nested value. Also yield the strings under the keys `type` and `required`.
+    """Yield all keys, numbers, booleans and nulls of a nested value, as texts.
 
-    All other strings are left out.
+    The strings under the keys `type` and `required` are yielded too. All other strings are left out. If a string is
+    JSON text of a list or object, its parsed value is used instead.
 
     Example: {'type': 'string', 'size': 1, 'title': 'a'} -> 'type', 'string', 'size', '1', 'title'
     """
@@ -307,7 +309,7 @@ def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[_RowText]:
 
 
 def _texts_of_column(raw: Mapping[str, Any], column: str, columns: Sequence[str], rounds: int) -> Iterator[_RowText]:
-    """Yield a _RowText for every string in the prompt column or the reply column of a row.
+    """Yield a _RowText for every string in a column with a question, an additional input or the reply of a row.
 
     `columns` are the columns of the row's format, for example ('query', 'response', 'history'). The first of them is
     the prompt column. `rounds` is the number of question-answer pairs in the history.
@@ -326,7 +328,7 @@ def _texts_of_column(raw: Mapping[str, Any], column: str, columns: Sequence[str]
 
 
 def row_texts(raw: Mapping[str, Any]) -> Iterator[_RowText]:
-    """Yield a _RowText for every string in a row. `raw` is the row as it was written in the file."""
+    """Yield a _RowText for every string in a row. `raw` is the row before conversion to a chat."""
     shape = next((columns for columns in _SHAPES if all(c in raw for c in columns[:2])), ())
     if 'history' in shape and isinstance(raw[shape[0]], list | Mapping):
         shape = shape[:2]  # a prompt of messages has its own history
@@ -455,12 +457,12 @@ class _SearchResult(NamedTuple):
 
 
 def _doubtful(results: Sequence[_SearchResult], rendered: _Rendered, printed: str) -> list[int]:
-    """Return the indices of the results whose position may be wrong.
+    """Return the indices of the results whose position may be wrong, in ascending order.
 
     A position may be wrong if the text occurs several times in the rendered row, overlaps another text, was found only
-    in parts, or is one of the words in `printed`.
+    in parts or where it is not expected (`is_elsewhere`), or occurs in `printed`. Roles, types and images are left out.
 
-    `printed` has the words that the template prints in addition to the texts of the row.
+    `printed` has texts that the template may print in addition to the texts of the row.
     """
     spans = sorted((*result.at, number) for number, result in enumerate(results) if result.at)
     overlapping: set[int] = set()
@@ -509,10 +511,11 @@ def _search_with_markers(
     """Correct the positions of the texts in `results` whose indices are in `doubtful`.
 
     The row is rendered again, with a marker (a made-up word) in place of each of these texts. The position of a marker
-    is the position of its text.
+    is the position of its text. If a marker is not printed, its text counts as not used.
 
-    If the template refuses the changed row, the old positions are kept. The old positions are also kept if the two
-    renderings of the row differ anywhere except at the markers.
+    This fails if the template refuses the changed row, or if the two renderings of the row differ anywhere except at
+    the markers. Then the first _MOST_ALONE of these texts are tried one by one. If this fails too for a text, its old
+    position is kept.
     """
     whole = [number for number in doubtful if results[number].at is not None]
     marks = {number: _marker(number) for number in whole}
@@ -552,8 +555,9 @@ def _store_position(results: list[_SearchResult], number: int, spans: list[_Span
 
     If `spans` is empty, the text counts as not used.
 
-    If the text is a name or an id, spans[0] is then removed from `spans`. The caller passes the same list for each
-    equal name, so the next name gets the next span. The last span stays in the list for all further names.
+    If the kind of the text is 'identity' (a name or an id), and `spans` has several items, spans[0] is then removed
+    from `spans`. The caller may pass the same list for equal names, so that the next name gets the next span. The last
+    span always stays in the list.
     """
     row_text = results[number].row_text
     if not spans:
@@ -583,7 +587,8 @@ def _find_markers(
     `marks` is a dict from indices in `results` to markers. The row is rendered again with the markers in place of the
     texts at these indices, and is compared with `rendered`.
 
-    Returns None if the changed row is refused, or if anything but the texts is printed differently.
+    Returns None if the changed row is refused, if anything but the texts is printed differently, or if the rendered row
+    already contains one of the markers.
     """
     pieces = render([(results[number].row_text.path, mark) for number, mark in marks.items()])
     if pieces is None or any(mark in rendered.text for mark in marks.values()):
@@ -604,7 +609,7 @@ def _find_markers(
 
 
 def _counted_name(name: str, counted: Mapping[str, Any]) -> str:
-    """Return `name`. But if `counted` already has _MOST_FIELDS other names, return OTHER_FIELDS."""
+    """If `counted` contains `name`, or has fewer than _MOST_FIELDS names, return `name`. Else return OTHER_FIELDS."""
     return name if name in counted or len(counted) < _MOST_FIELDS else OTHER_FIELDS
 
 
@@ -612,8 +617,8 @@ def _counted_name(name: str, counted: Mapping[str, Any]) -> str:
 class Account:
     """Counts the characters of many rows.
 
-    `fields` is a dict from kinds of text to numbers of characters per outcome. `unused` is a dict from columns or keys
-    to the number of rows in which their text is not used.
+    `fields` is a dict from kinds of text to numbers of characters per outcome. `unused` is a dict from columns, keys or
+    kinds of text to the number of encoded rows in which at least a part of their text is not used.
 
     Example of `fields`: {'user text': {'context': 9}}
     Example of `unused`: {'column `source`': 3}
@@ -632,7 +637,10 @@ class Account:
         self.unused[name] = self.unused.get(name, 0) + rows
 
     def skip(self, raw: Mapping[str, Any], reason: str) -> None:
-        """Count all characters of a row that is not encoded. Their outcome is `reason`, for example 'left out'."""
+        """Count all characters of a row that is not trained on. Their outcome is `reason`, for example 'left out'.
+
+        `raw` is the row before conversion to a chat. The row is not counted in `unused`.
+        """
         for row_text in row_texts(raw):
             self._count(row_text.label, reason, len(row_text.text))
 
@@ -659,8 +667,8 @@ class Account:
     def _search_all(self, row: Row, encoded: Encoded, rendered: _Rendered) -> Iterator[_SearchResult]:
         """Look for each text of a row in `rendered`, and yield one result for each text.
 
-        `rendered` is what the template prints for the row. The texts come in the order of the turns, but names and ids,
-        such as `tool_call_id`, come last.
+        `rendered` is what the template prints for the row. Texts outside of turns come first, such as tools. The other
+        texts come in the order of the turns. But names and ids, such as `tool_call_id`, come last.
         """
         found = list(row_texts(row.written))
         replies = sorted(
@@ -711,9 +719,10 @@ class Account:
     def _search(
         self, row_text: _RowText, rendered: _Rendered, start: int, *, has_images: bool
     ) -> tuple[_SearchResult, int]:
-        """Search one text of the row from `start` on. Returns (result, position at which the text ends).
+        """Search one text of the row from `start` on. Returns (result, end).
 
-        The position is 0 if the text is not found.
+        `end` is the position at which the text, or its last part that is found, ends. It is 0 if nothing is found from
+        `start` on, or if the text is not searched, such as a role.
         """
         size = len(row_text.text)
         if row_text.kind == STRUCTURE:
@@ -744,7 +753,7 @@ class Account:
         """Split the text `whole` at line ends and tags, and look for each part in `rendered`.
 
         The search begins at the position `start` of `rendered`. Returns (dict from outcomes to numbers of characters,
-        end of the last found part in `rendered`).
+        end of the last found part in `rendered`). The end is 0 if no part is found.
         """
         counts: dict[str, int] = {}
         end = 0
@@ -775,7 +784,7 @@ class Account:
             self._count_unused(name, rows)
 
     def lines(self) -> list[str]:
-        """Return the counts as text. A line without content is left out.
+        """Return the counts as at most two lines. A line without content is left out.
 
         Example:
         ['text: user text: context 100 %; reply text: trained 90 %, cut 10 %', 'not used: column `source` in 3 rows']

@@ -1,10 +1,10 @@
 """Encodes conversations with the chat template of the tokenizer (template `auto`).
 
-The ids of a row are the ids of its prompt and then the ids of its reply.
+The ids of a row are the ids of its prompt, of its reply, and of what the template prints after the end of the turn.
 
 The prompt is the text that the template renders with `add_generation_prompt=True`. So inference starts exactly where
 the reply starts in training. The reply is all that the template prints after the prompt, up to the end-of-turn token.
-The whole reply carries loss, including this token.
+The whole reply carries loss, including this token. Text after this token carries no loss.
 
 To learn the properties of a template, the encoder renders probes: short chats with random texts.
 
@@ -100,7 +100,8 @@ class _Chat(NamedTuple):
 class _Parts:
     """A row as text. The whole text is prompt + reply + rest.
 
-    `reply` is the last reply with its end-of-turn token. `rest` is what the template prints after this token.
+    `reply` is the last reply. If the template prints an end-of-turn token, `reply` includes this token, and `rest` is
+    what the template prints after it.
     """
 
     chat: _Chat
@@ -125,8 +126,8 @@ class _Frame(NamedTuple):
     `lead` is the text just before the reply, for example an empty think block. `end` is the text after the reply, for
     example the end-of-turn token.
 
-    `prompt_only` is the end of the generation prompt, if the chat with the reply does not have it. For example, some
-    generation prompts end in '<think>', but the chat with the reply has no think tag.
+    `prompt_only` is the end of the generation prompt, if the chat with the reply does not have it, and else ''. For
+    example, some generation prompts end in '<think>', but the chat with the reply has no think tag.
     """
 
     lead: str
@@ -150,7 +151,8 @@ class _Earlier(NamedTuple):
 class AutoEncoder(Encoder):
     """Encodes rows with the tokenizer's chat template.
 
-    Loss covers the last reply or all replies, with the end of turn.
+    Loss covers the last reply, unless the row marks this reply to carry no loss. Loss also covers the earlier replies
+    for which `carries_loss` returns True. For every reply, loss covers its end of turn too.
     """
 
     name = AUTO
@@ -229,7 +231,8 @@ class AutoEncoder(Encoder):
     def _render_all(self, chats: Sequence[_Chat], *, prompt: bool) -> list[str]:
         """Return the rendering of each chat. If `prompt` is True, each rendering ends with the generation prompt.
 
-        Chats without tools and settings share one call, which is faster.
+        Chats without tools and settings share one call, which is faster. Raises RowRefused if the template refuses one
+        of the chats.
         """
         plain = [list(chat.messages) for chat in chats if not (chat.tools or chat.settings)]
         texts = iter(self._apply(plain, None, prompt, _NOTHING) if plain else [])
@@ -258,7 +261,10 @@ class AutoEncoder(Encoder):
         return cast(Message, {'role': 'assistant', 'content': self._no_text, 'tool_calls': [call]})
 
     def _find_frame(self, tools: Sequence[Any] | None = None) -> _Frame:
-        """Return what the template prints around a reply. Raises ConfigError if the template cannot be used."""
+        """Return what the template prints around a reply, in a chat that lists `tools`.
+
+        Raises ConfigError if the template fails on this chat, or does not print the reply.
+        """
         reply = secrets.token_hex(8)
         messages = self._probe({'role': 'assistant', 'content': reply})
         try:
@@ -324,7 +330,8 @@ class AutoEncoder(Encoder):
         the returned setting, the prompt has no think block, or it ends in an opening think tag. Then reasoning can
         follow.
 
-        The setting is {} if the template has no variable for thinking, or if the user has already set the variable.
+        The setting is {} if no variable of the template changes the generation prompt in this way, or if the user has
+        already set a variable that decides on thinking.
         """
         mark = secrets.token_hex(8)
 
@@ -350,12 +357,13 @@ class AutoEncoder(Encoder):
         return _NOTHING, self._frames[False].opens
 
     def _find_openers(self) -> frozenset[str]:
-        """Return a set with the control token that begins the first turn of a chat, e.g. {'<|im_start|>'}.
+        """Return a set with the first control token that the template prints in a chat, e.g. {'<|im_start|>'}.
 
-        The encoder takes each further occurrence of this token as the beginning of a turn.
+        The begin-of-sequence and end-of-sequence tokens are skipped. The encoder takes each further occurrence of the
+        returned token as the beginning of a turn.
 
-        The set is empty if the first turn begins with no control token. It is also empty if a turn of the assistant can
-        contain the token.
+        The set is empty if the template prints no control token. It is also empty if the template prints the token more
+        than once between a question and its reply, because it then does not always begin a turn.
         """
         ends = (self.tokenizer.bos_token, self.tokenizer.eos_token)
         begin = self._try(self._probe(), prompt=True)
@@ -383,9 +391,10 @@ class AutoEncoder(Encoder):
         return any(match[0] == self.tokenizer.eos_token for match in self.text.find_controls(between))
 
     def _find_next_token(self, *, is_call: bool) -> str | None:
-        """Return the control token that begins the turn after a reply, or None if it begins with other text.
+        """Return the control token that begins the turn after a reply, or None if no such token is found.
 
-        If `is_call` is True, the reply is a tool call, and the turn after it is a tool result.
+        If `is_call` is True, the reply is a tool call, and the turn after it is a tool result. The begin-of-sequence
+        token is never returned.
         """
         name, tool = self._probe_tool()
         reply: Message = self._probe_call(name) if is_call else {'role': 'assistant', 'content': secrets.token_hex(8)}
@@ -427,7 +436,8 @@ class AutoEncoder(Encoder):
         the calls become text in the content.
 
         The reasoning is stored under the message key `key`, or else under the key that the probes found. Without a key,
-        the reasoning is dropped, or becomes a think block in the content of the last message (`is_last`).
+        the reasoning becomes a think block in the content, if the message is the last one (`is_last`), has no tool
+        calls, and the template has think tags. Otherwise it is dropped.
         """
         if self.text.image in message['content']:
             texts = message['content'].split(self.text.image)
@@ -463,8 +473,9 @@ class AutoEncoder(Encoder):
     def settings_of(self, row: Row) -> Mapping[str, Any]:
         """Return the template settings with which a row is rendered, for example {'enable_thinking': True}.
 
-        If the last reply of the row has no reasoning, the result is {}. Otherwise, the result is the setting that turns
-        thinking on, or {} if the template has no setting for thinking.
+        If the last reply of the row has no reasoning that the template can print, the result is {}. Otherwise, the
+        result is the setting that turns thinking on, or {} if there is no such setting, it is not needed, or the user
+        has set thinking with --template_settings.
         """
         return self._switch if self._has_reasoning(row.messages[-1], with_tools=self._lists_tools(row)) else _NOTHING
 
@@ -514,7 +525,7 @@ class AutoEncoder(Encoder):
     def _reasoning_key(self, reply: Message, *, with_tools: bool) -> str | None:
         """Return the message key from which the template prints the reasoning of `reply`, or None.
 
-        The probes found one key for replies with tool calls, and one for other replies.
+        The probes found four keys: for replies with and without tool calls, in chats with and without tools.
         """
         # If the template prints no tool calls, they are text in the content of the reply.
         return self._reasoning_keys['tool_calls' in reply and self.says_calls[with_tools], with_tools]
@@ -618,7 +629,8 @@ class AutoEncoder(Encoder):
     def _block_before_calls(self, reply: Message, reasoning: str, key: str | None, *, guarded: bool) -> str:
         """Return the think block to insert before the tool calls of a reply, or '' if no block is needed.
 
-        A block is needed if the template has no message key for the reasoning (`key` is None).
+        A block is needed if the reply has tool calls and reasoning, the template has think tags, and the template has
+        no message key for the reasoning (`key` is None).
 
         If `guarded` is True, stand-ins replace control tokens such as <|im_end|> in the block.
         """
@@ -712,7 +724,7 @@ class AutoEncoder(Encoder):
         """Return `after_prompt`, changed so that it can follow a prompt that ends in an opening think tag.
 
         An opening tag at the start is removed: '<think>a</think>b' -> 'a</think>b'
-        If the reply has no reasoning, a closing tag is added: 'b' -> '</think>b' (with line ends)
+        Without such a tag, if the reply has no reasoning, a closing tag is added: 'b' -> '</think>b' (with line ends)
         """
         own = _BEGINS_THINKING.match(after_prompt)
         if own:
@@ -720,7 +732,10 @@ class AutoEncoder(Encoder):
         return after_prompt if has_reasoning else self._closing(prompt) + after_prompt
 
     def _closing(self, prompt: str) -> str:
-        """Return the closing tag of the think block that the prompt opens, with the line ends around it."""
+        """Return the closing tag of the think block that the prompt opens.
+
+        A tag like </think> gets line ends around it. A tag like [/THINK] gets none.
+        """
         opened = _OPEN_THINK.search(prompt)
         assert opened is not None, 'the prompt opens a think block'
         if not opened[1].startswith('<') or opened[1].startswith('<|'):
@@ -729,10 +744,11 @@ class AutoEncoder(Encoder):
         return f'{line}{_closing_tag(opened[1])}\n\n'
 
     def _as_written(self, prompt: str, content: str, frame: _Frame, *, has_reasoning: bool) -> str:
-        """Return the text to train on after the prompt, with the reply exactly as it is in the row.
+        """Return the text to train on after the prompt, with the content of the reply as it is in the row.
 
         The caller uses this text if the template would change the reply. The text has three parts: what the template
-        usually prints before a reply, the reply, and the end of turn.
+        usually prints before a reply, the content, and the end of turn. No think tag is printed twice: the opening tag
+        of the content is removed if the prompt ends in one.
         """
         lead = frame.lead
         opens = _OPEN_THINK.search(prompt)
@@ -761,7 +777,8 @@ class AutoEncoder(Encoder):
     def _split_end(self, end: str, frame: _Frame, *, is_call: bool) -> tuple[str, str, int | None]:
         """Return (text before the end-of-turn token, this token, None). `end` is the text after a reply.
 
-        If `end` has no end-of-turn token, return (`end`, '', id of an end-of-turn token that the caller must add).
+        If `end` has no end-of-turn token, return (`end`, '', id of an end-of-turn token that the caller must add). If
+        the template prints the header of a next turn in `end`, only the text before this header counts as `end`.
         """
         end_of_reply = self._end_of_reply(self.text.find_controls(frame.end))
         stops = {self.tokenizer.eos_token, *([] if end_of_reply is None else [end_of_reply[0]])}
@@ -796,7 +813,7 @@ class AutoEncoder(Encoder):
         """Return the match of the token that ends the turn after a text reply, or None if `markers` is empty.
 
         `markers` are the control tokens after the reply. If the template prints the end-of-sequence token after each
-        turn, the result is this token. Otherwise it is the first marker.
+        turn, and `markers` has this token, the result is its match. Otherwise it is the first marker.
         """
         eos = self.tokenizer.eos_token
         # Some templates, such as Cohere's, print another control token before the end-of-sequence token.
@@ -902,7 +919,8 @@ class AutoEncoder(Encoder):
         """Add the spans of earlier replies to the encoded rows.
 
         An earlier reply is a reply before the last reply of its row. If an earlier reply carries no loss, its span is
-        not added. If the last reply of a row carries no loss, the span of the last reply is removed.
+        not added. If the last reply of a row carries no loss, the span of the last reply is removed. Raises RowRefused
+        if no reply of the row is then left with loss.
         """
         found: list[_Earlier] = []
         for index, (source, part) in enumerate(zip(rows, parts, strict=True)):
@@ -1020,7 +1038,8 @@ class AutoEncoder(Encoder):
     def _turn_end(self, prompt: str, last: int, frame: _Frame, *, is_call: bool) -> int:
         """Return the position in the prompt just after the end-of-turn token of an earlier reply.
 
-        `last` is the position just after the content of the reply. `is_call` says whether the reply is a tool call.
+        `last` is the position just after the content of the reply. `is_call` says whether the reply is a tool call. If
+        no end of turn is found, the result is `last`, or for a tool call the beginning of the next turn.
         """
         match = self.text.find_control(prompt, last)
         while is_call and match is not None and not self._stops(match[0]):
@@ -1055,7 +1074,8 @@ def _closing_tag(opening: str) -> str:
 def _has_think_block(content: str, *, opened: bool) -> bool:
     """Return whether a reply begins with a think block, e.g. '<think>reasoning</think>answer'.
 
-    If the prompt already ends in the opening tag (`opened`), a reply with only the closing tag has a block too.
+    If the prompt already ends in the opening tag (`opened`), a reply with only the closing tag has a block too, if this
+    tag is at the beginning or at the end of a line.
     """
     own = _BEGINS_THINKING.match(content)
     if own:

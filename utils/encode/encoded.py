@@ -15,10 +15,10 @@ IGNORE_INDEX = -100
 
 
 class RowRefused(ValueError):
-    """Says that a row cannot be encoded.
+    """Says that a row cannot be encoded, or that none of its replies carries loss.
 
-    `reason` is the problem, and `detail` is the wrong part of the row, e.g. the path of an image. A report counts the
-    refused rows by `reason`.
+    `reason` is the problem. `detail` is the wrong part of the row, e.g. the path of an image, or ''. A report counts
+    the refused rows by `reason`.
     """
 
     def __init__(self, reason: str, detail: str = '') -> None:
@@ -31,7 +31,9 @@ class RowRefused(ValueError):
 MERGED_BOUNDARY = 'a token would merge across the start of the reply: the reply is tokenised separately'
 CONTROL_TOKENS = 'control tokens typed inside the text: kept as plain text'
 RENDERED_DIFFERENTLY = 'the chat template alters the reply (whitespace, a think block): trained as written'
-FULL_DIFFERS = 'the chat template prints the prompt differently in the whole chat: trained after the generation prompt'
+FULL_DIFFERS = (
+    'the chat template prints text around the reply differently in the whole chat: trained after the generation prompt'
+)
 THINKING_SWITCH = 'the reply has reasoning, and the generation prompt closes the think block: rendered with {switch}'
 CLOSED_THINKING = 'the reply has reasoning, but the generation prompt closes the think block and no setting opens it'
 CLOSED_BY_SETTING = 'the reply has reasoning, but the template setting {setting} closes the think block'
@@ -39,12 +41,12 @@ REASONING_AS_TEXT = 'the chat template has no key for reasoning: written as a th
 REASONING_LEFT_OUT = 'the chat template prints no reasoning before the reply: the reasoning is left out'
 ADDED_END = 'the chat template prints no end of turn: an end-of-turn token is added'
 TOOLS_IGNORED = 'the template has no place for tools: they are left out of the prompt'
-TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: trained as plain text'
+TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: written as plain text'
 SYSTEM_IGNORED = 'the template has no place for a system text: the system text of the row is left out'
 TAGS_AS_TEXT = 'image tags in the text, and the model sees no images: kept as plain text'
 EARLIER_CHANGED = 'the chat template does not print an earlier reply: no loss on that reply'
 EARLIER_MERGED = 'a token merges across the start or end of an earlier reply: no loss on that token'
-NO_LOSS_MARKED = 'every reply of the row is marked to carry no loss (weight, loss or train)'
+NO_LOSS_MARKED = 'the last reply is marked to carry no loss (weight, loss or train), and no earlier reply carries loss'
 CUT_PROMPT = 'longer than max_length: lost the beginning of its prompt'
 CUT_REPLY = 'longer than max_length: lost the beginning of its reply'
 CUT_TEXT = 'longer than max_length: lost the beginning of its text'
@@ -62,7 +64,7 @@ class Encoded:
     """A row as token ids, with the spans of ids that carry loss.
 
     A span (start, end) does not include `end`. `trained` is the span of the last reply that carries loss. `earlier` has
-    the spans of all replies before it that carry loss, in the order of the row.
+    the spans of all replies before it that carry loss, in the order of the row. A reply with tool calls may have two.
 
     The first `prompt_length` ids are the prompt, which inference continues. If the row is plain text, its prompt is the
     first half of its ids, but at most 64 ids. In training, every id of plain text carries loss.
@@ -95,9 +97,10 @@ def whole_text(ids: list[int]) -> Encoded:
 
 
 def cut_front(row: Encoded, max_length: int) -> Encoded:
-    """Return the row with only its last `max_length` ids, or unchanged if `max_length` is negative.
+    """Return the row with only its last `max_length` ids, or unchanged if it is not longer or `max_length` is negative.
 
-    The spans are moved to their new positions, and the cut is added to the notes.
+    The spans are moved to their new positions, and the cut is added to the notes. Spans in `earlier` that are cut off
+    completely are removed.
     """
     surplus = len(row.input_ids) - max_length
     if max_length < 0 or surplus <= 0:

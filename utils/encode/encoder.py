@@ -25,7 +25,10 @@ from utils.preprocess import TEMPLATE_MAPPING
 
 
 def cut_row(row: Encoded, max_length: int, tokenizer: Any) -> Encoded:
-    """Return the row with only its last `max_length` ids. Its field `cut` is the number of characters that were cut."""
+    """Return the row with only its last `max_length` ids. Its field `cut` is the number of characters that were cut.
+
+    If the row is not longer, or `max_length` is negative, the row is returned unchanged.
+    """
     cut = cut_front(row, max_length)
     lost = len(row.input_ids) - len(cut.input_ids)
     if lost:
@@ -39,21 +42,23 @@ def _beginning_of(row: Encoded) -> list[int]:
 
 
 class Encoder:
-    """Converts rows to token ids, with one tokenizer call per batch."""
+    """Converts batches of rows to token ids."""
 
     name: str
     # The system text for rows that have no system text. If it is None, the template chooses the text.
     system: str | None
     # None: the row decides which replies carry loss.
     loss_scope: LossScope | None = None
-    # What happens to a row longer than max_length. Only under 'cut' the encoder itself shortens rows.
+    # What happens to a row longer than max_length. Only under 'cut', `encode` itself shortens rows. Prompts for
+    # inference are always cut.
     overlong: Overlong = 'cut'
     # Ids at which generation stops, in addition to the end of sequence of the tokenizer.
     stop_ids: list[int]
     # Used only if the reply is not known, as in inference: whether the prompt is rendered with the template's thinking
     # switch. If the reply is known, the switch is used if the reply has reasoning.
     asks_to_think = False
-    # The number of rows of the model's embedding, if the tokenizer has more ids. Rows with a larger id are refused.
+    # The number of rows of the model's embedding, if the tokenizer has more ids. An id of this number or above in a
+    # row stops the run.
     embedding: int | None = None
 
     def __init__(
@@ -74,7 +79,7 @@ class Encoder:
     def switch(self) -> str | None:
         """Return the template setting with which a reply with reasoning is encoded, e.g. 'enable_thinking=True'.
 
-        Returns None if a reply with reasoning needs no setting.
+        Returns None if no setting is used.
         """
         return None
 
@@ -84,7 +89,10 @@ class Encoder:
         return {}
 
     def identity(self) -> dict[str, Any]:
-        """Return a dict of all settings that affect the ids of a row. It does not include the tokenizer."""
+        """Return a dict of the settings that affect the ids of a row.
+
+        It does not include the tokenizer with its chat template, nor the settings of the image processor.
+        """
         # A chat template that prints the date may print a different prompt tomorrow.
         today = time.strftime('%Y-%m-%d') if 'strftime_now' in str(self.tokenizer.chat_template) else None
         template = repr(TEMPLATE_MAPPING[self.name])
@@ -94,7 +102,8 @@ class Encoder:
     def embed(self, embedding: int | None) -> None:
         """Set the number of rows of the model's embedding. None means that every id of the tokenizer has a row.
 
-        End-of-turn tokens without a row are removed from `stop_ids`. Raises ConfigError if `stop_ids` is then empty.
+        End-of-turn tokens without a row are removed from `stop_ids`, with a warning. Raises ConfigError if all of them
+        are removed.
         """
         self.embedding = embedding
         beyond = [end for end in self.stop_ids if embedding is not None and end >= embedding]
@@ -110,11 +119,16 @@ class Encoder:
             )
         logger.warning(
             f"template '{self.name}': a turn can end with {named}, but the model's embedding has rows only for ids "
-            f'below {embedding}. So answers never end with this token, and rows that contain it are refused'
+            f'below {embedding}. Answers never end with such a token. If a row contains one, the run stops'
         )
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Return each row encoded. If `overlong` is 'cut', rows longer than max_length lose ids at the start."""
+        """Return the rows encoded, in the same order. If `overlong` is 'cut', long rows lose ids at the start.
+
+        A row is long if it has more than max_length ids and max_length is not negative. Raises RowRefused if one of the
+        rows cannot be encoded; the error does not say which. Raises ConfigError if the template has no form for a
+        conversation, for example because the template is single-turn.
+        """
         opened = [self.open_images(row) for row in rows if not row.is_text]
         encoded = self._encode([row for row, _ in opened]) if opened else []
         chats = iter([self._finish(row, *filled) for row, filled in zip(encoded, opened, strict=True)])
@@ -150,6 +164,8 @@ class Encoder:
     def pieces_of(self, row: Encoded, max_length: int) -> list[Encoded]:
         """Split a row of plain text into rows of at most `max_length` ids. Any other row is returned as the only item.
 
+        If `max_length` is negative, no row is split. `max_length` must not be 1.
+
         With `max_length` 3, the ids 1 2 3 4 5 become the rows 1 2 3 and 3 4 5. The id 3 is repeated, because the model
         never predicts the first id of a row. Without the repetition, the model would not learn to predict 4.
 
@@ -174,7 +190,8 @@ class Encoder:
         If a row is plain text (`row.is_text`), it has no reply. Its prompt is the first half of its ids, but at most 64
         ids.
 
-        If a prompt is longer than max_length, ids are removed from its start.
+        If a prompt is longer than max_length, ids are removed from its start, whatever `overlong` says. If max_length
+        is negative, nothing is removed. Raises RowRefused and ConfigError as `encode` does.
         """
         chats = [row for row in rows if not row.is_text]
         opened = [self.open_images(dataclasses.replace(row, messages=row.messages[:-1])) for row in chats]
@@ -191,14 +208,22 @@ class Encoder:
         return [ids[-self.max_length :] if self.max_length > 0 else ids for ids in prompts]
 
     def image_paths(self, row: Row) -> tuple[str, ...]:
-        """Return the paths of a row's images, in the order of their positions in the ids."""
+        """Return the paths of a row's images, in the order of their positions in the ids.
+
+        A relative path is joined to the folder of the row. Without a vision tower, the result is empty. Raises
+        RowRefused as `open_images` does.
+        """
         return tuple(path for path, _ in self.open_images(row)[1])
 
     def open_images(self, row: Row) -> tuple[Row, FoundImages]:
-        """Return the row with its image tags replaced, and its images as a list of (path, number of features).
+        """Return the row with the image tags of its user turns replaced, and its images.
 
-        Each tag is replaced by the placeholder `self.text.image`, a text that no data can contain. A row of plain text
-        is returned unchanged, with an empty list.
+        The images are a list of (path, number of features). Each of these tags is replaced by the placeholder
+        `self.text.image`, a text that no data can contain.
+
+        If the row is plain text, or the model has no vision tower (`self.images` is None), the row is returned
+        unchanged, with an empty list. Raises RowRefused if an image cannot be used, or if the row needs a vision tower
+        and the model has none (see open_images_of).
         """
         if row.is_text:
             return row, []
@@ -211,7 +236,8 @@ class Encoder:
         """Return the row with its images inserted: one image token for each feature of an image.
 
         `source` is the same row before it was encoded. `found` are its images. If `overlong` is 'cut', a row longer
-        than max_length loses ids at the start.
+        than max_length loses ids at the start. Raises RowRefused if the cut would remove image tokens, or if the
+        template does not print each image once.
         """
         if self.images is None and any('</img>' in turn['content'] for turn in source.messages):
             row.notes.append(TAGS_AS_TEXT)
@@ -244,9 +270,9 @@ class Encoder:
     def carries_loss(self, turn: Message, row: Row) -> bool:
         """Return whether the model is trained on `turn`, which is a turn of `row` before the last reply.
 
-        User turns and empty replies never carry loss. Otherwise, the key `loss` of the turn decides. Without this key,
-        the turn carries loss if the loss scope is all_rounds. The loss scope is --loss_scope or, if this flag is not
-        set, `row.loss_scope`.
+        Only replies of the assistant can carry loss, and empty replies never do. For other replies, the key `loss` of
+        the turn decides. Without this key, the reply carries loss if the loss scope is all_rounds. The loss scope is
+        --loss_scope or, if this flag is not set, `row.loss_scope`.
         """
         is_empty = not (turn['content'].strip() or turn.keys() & {'tool_calls', 'reasoning'})
         is_reply = turn['role'] == 'assistant' and not is_empty

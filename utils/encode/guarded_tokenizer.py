@@ -1,8 +1,9 @@
-"""Converts text to token ids. A control token in data is tokenised as plain text.
+"""Converts text to token ids. A control token in data is tokenised as plain text, except a think tag in a reply.
 
-A control token is a special token of the tokenizer, or an added token that the template prints, such as `<｜User｜>` in
-DeepSeek's templates. If the template prints `<|im_end|>`, the text becomes the id of this token. If the data of a user
-contains `<|im_end|>`, it must not end a turn. So it becomes several ids, like any other text.
+A control token is a special token of the tokenizer, a think tag that is an added token, or an added token that the
+template prints, such as `<｜User｜>` in DeepSeek's templates. If the template prints `<|im_end|>`, the text becomes the
+id of this token. If the data of a user contains `<|im_end|>`, it must not end a turn. So it becomes several ids, like
+any other text.
 
 A text that consists of template and data is converted in three steps:
 1. `guard` replaces each control token in the data by a stand-in, which is a random text.
@@ -37,9 +38,9 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _is_pure_backend(tokenizer: Any) -> bool:
-    """Return whether the tokenizer adds nothing to the Rust tokenizer that it contains.
+    """Return whether the tokenizer contains a Rust tokenizer, and its class adds nothing when it tokenises text.
 
-    If it adds nothing, the Rust tokenizer is called directly, which is faster.
+    If so, the Rust tokenizer is called directly, which is faster.
     """
     from transformers import TokenizersBackend
 
@@ -63,7 +64,7 @@ def _is_printed(spelling: str, printed: str) -> bool:
 
 
 class TextTokenizer:
-    """Tokenises text in batches. A control token in data is tokenised as plain text.
+    """Tokenises text in batches. If `guard` was applied to data, its control tokens are tokenised as plain text.
 
     A control token is a special token, a think tag, or a token such as <|user|> that the template prints.
     """
@@ -105,7 +106,7 @@ class TextTokenizer:
         self._number = {spelling: number for number, spelling in enumerate(self._by_number)}
 
     def add_printed(self, printed: str) -> None:
-        """Add text that the template rendered. Added tokens in this text become control tokens."""
+        """Add text that the template rendered. Added tokens like <|user|> in this text become control tokens."""
         self.printed += printed
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
         if any(spelling in printed and spelling not in self.control_ids for spelling in added):
@@ -290,7 +291,8 @@ class TextTokenizer:
     def ids_after_control(self, text: str) -> list[int]:
         """Return the ids of `text`, tokenised as if a control token stood directly before the text.
 
-        Some tokenizers put a space before the first word of a text. This space is not added here.
+        Some tokenizers put a space before the first word of a text. This space is not added here. But if no control
+        token of the tokenizer is suitable, the text is tokenised alone, and the space is added.
 
         `text` can contain stand-ins: random texts by which `guard` replaced control tokens. A stand-in for `<|im_end|>`
         becomes the ids of `<`, `|`, `im` and so on.

@@ -33,10 +33,10 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
     Only tags in user turns are replaced. A row is untagged if it has images in a column of {bytes, path}, but no image
     tag in a user turn. The images of an untagged row are put before the text of the first user turn.
 
-    If the model has no vision tower, `images` is None. Then the images of an untagged row are ignored, and any other
-    row with images raises RowRefused.
+    If the model has no vision tower, `images` is None. Then the row is returned unchanged, with an empty list. But if
+    the row has images in a column and is not untagged, RowRefused is raised.
 
-    Also raises RowRefused if an image cannot be used.
+    Also raises RowRefused if an image cannot be used, or if the images of the row do not fit its empty tags.
     """
     if images is None:
         if row.images and not is_untagged(row):
@@ -61,8 +61,10 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
 def fill_slots(ids: list[int], found: FoundImages, slot: int, max_length: int) -> list[int]:
     """Return the ids with the token `slot` of each image repeated, so that there is one token for each feature.
 
-    For example, ids [5, slot, 6] with an image of 3 features become [5, slot, slot, slot, 6]. Raises RowRefused if
-    `ids` does not have one slot for each image, or if the cut to `max_length` would remove image tokens.
+    For example, ids [5, slot, 6] with an image of 3 features become [5, slot, slot, slot, 6]. The result is not cut.
+
+    Raises RowRefused if `ids` does not have one slot for each image, or if a later cut to `max_length` would remove
+    image tokens. If `max_length` is negative, there is no cut. `found` must not be empty.
     """
     if ids.count(slot) != len(found):
         raise RowRefused('the template does not print each image once')

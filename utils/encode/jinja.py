@@ -62,8 +62,11 @@ def serving_template(encoder: Encoder, rows: Sequence[Row]) -> tuple[str | None,
     """Return the chat template for a server, and a sentence that compares it with the template used in training.
 
     If the encoder uses a registered template, this function translates the template to Jinja and tests the translation
-    on the rows: it must give the same ids as `encode_prompts`. Rows that the registered template cannot encode are
-    skipped. If the test fails, the returned template is None. Then only llm_infer.py can serve the model correctly.
+    on the prompts of the rows: it must give the same ids as `encode_prompts` without a cut to max_length. Rows of plain
+    text, and rows that the registered template cannot encode, are skipped. If the test fails, the returned template is
+    None. Then only llm_infer.py can serve the model correctly.
+
+    If the encoder encodes only plain text, the returned template is None too, and any server can continue text.
     """
     if isinstance(encoder, TextEncoder):
         return None, 'it has no chat template, as in training: it continues text'
@@ -71,12 +74,14 @@ def serving_template(encoder: Encoder, rows: Sequence[Row]) -> tuple[str | None,
         return encoder.tokenizer.chat_template, 'its chat template is the template used in training'
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.chat_template = jinja_of(encoder)
+    uncut = copy.copy(encoder)
+    uncut.max_length = -1  # a server does not cut
     compared = 0
     for row in rows:
         if row.is_text:
             continue
         try:
-            wanted = encoder.encode_prompts([row])[0]
+            wanted = uncut.encode_prompts([row])[0]
         except ConfigError:  # the template is single-turn, or has no form for a role of the row
             continue
         try:

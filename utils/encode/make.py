@@ -31,7 +31,9 @@ def make_encoder(
     If the template is `auto` and the tokenizer has no chat template, the encoder encodes only plain text.
 
     `embedding` is the number of rows of the model's embedding. Pass it only if the tokenizer has more ids than this
-    number.
+    number. If `max_length` is negative, no row is cut.
+
+    Raises ConfigError if the template cannot be used with this tokenizer or this embedding.
     """
     template = TEMPLATE_MAPPING[template_type]
     options: dict[str, Any] = {'max_length': max_length, 'images': images}

@@ -33,7 +33,8 @@ def show_row(tokenizer: Any, row: dict[str, Any], marks: tuple[str, str] = MARKS
 def show_samples(tokenizer: Any, rows: Sequence[dict[str, Any]], run_dir: Path) -> None:
     """Log rows as text, and write them to sample.txt in the run folder. The spans that carry loss are marked.
 
-    In a terminal these spans are coloured. In files and logs they are between ⟦ and ⟧.
+    If standard error is a terminal and the variable NO_COLOR is not set, these spans are coloured in the log.
+    Otherwise, and always in sample.txt, they are between ⟦ and ⟧. Only the main process writes sample.txt.
     """
     coloured = sys.stderr.isatty() and 'NO_COLOR' not in os.environ
     for row in rows:

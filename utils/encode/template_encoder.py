@@ -26,9 +26,10 @@ class _Reply(str):
 
 
 class TemplateEncoder(Encoder):
-    """Encodes rows with an entry of TEMPLATE_MAPPING. Loss covers the last reply and the suffix of the template.
+    """Encodes rows with an entry of TEMPLATE_MAPPING.
 
-    With --loss_scope all_rounds, loss also covers each earlier reply. The template prints its `chat_sep` after an
+    Loss covers the last reply and the suffix of the template, unless the row marks this reply to carry no loss. Loss
+    also covers the earlier replies for which `carries_loss` returns True. The template prints its `chat_sep` after an
     earlier reply. If generation stops at a token of `chat_sep`, loss also covers `chat_sep` up to this token.
     """
 
@@ -84,13 +85,15 @@ class TemplateEncoder(Encoder):
     def _context(self, row: Row) -> tuple[list[str | list[int]], bool, list[str]]:
         """Return (pieces, is_guarded, notes) for a prompt. `row` has the messages of the prompt, not the last reply.
 
-        A piece is a text or a list of token ids. `is_guarded` is True if the messages contain the text of a control
-        token, such as <|im_end|>. In the pieces, TextTokenizer.guard has then replaced this text by a random text.
-        `notes` says what is unusual about the row.
+        A piece is a text or a list of token ids. `is_guarded` is True if the messages, or the system text of a row
+        without a system turn, contain the text of a control token, such as <|im_end|>. In the pieces,
+        TextTokenizer.guard has then replaced this text by a random text. `notes` says what is unusual about the row.
+
+        Raises ConfigError if the template has no form for the turns of the row.
         """
-        guarded = self._spells_control(row.messages)
         system = self.system
         turns = row.messages
+        guarded = self._spells_control(turns) or self._system_spells_control(turns)
         notes = [CONTROL_TOKENS] if guarded else []
 
         def guard(text: str, *, reply: bool = False) -> str:
@@ -125,14 +128,20 @@ class TemplateEncoder(Encoder):
                 joined.append(piece)
         return joined, guarded, notes
 
+    def _system_spells_control(self, turns: Sequence[Message]) -> bool:
+        """Return whether the template prints `self.system` before these turns, and it contains a control token."""
+        is_used = self.template.has_system and not (turns and turns[0]['role'] == 'system')
+        return is_used and self.text.has_control(self.system or '')
+
     def _check_roles(self, row: Row, turns: Sequence[Message]) -> None:
         for index, turn in enumerate(turns):
             expected = 'user' if index % 2 == 0 else 'assistant'
             role = 'tool call' if 'tool_calls' in turn else turn['role']
             if role != expected:
                 raise ConfigError(
-                    f"{row.origin}: turn {index + 1} is a {role} turn, and template '{self.name}' has only "
-                    f"{expected} turns there. Choose --template_type auto if the model's own template has such turns."
+                    f'{row.origin}: turn {index + 1} (system text not counted) is a {role} turn, and template '
+                    f"'{self.name}' has only {expected} turns there. Choose --template_type auto if the model's own "
+                    'template has such turns.'
                 )
 
     def _ids(self, pieces: Sequence[str | list[int]], *, guarded: bool) -> list[int]:
