@@ -135,6 +135,9 @@ def machine(gpu: bool) -> Found:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = 'missing'
+    import torch
+
+    found['torch'] = torch.__version__  # the metadata of a wheel does not always name its version of CUDA
     if gpu:
         import subprocess
 
