@@ -57,8 +57,9 @@ def _widths(head: Sequence[str], separator: str) -> list[int]:
 def _find_separator(location: str, head: Sequence[str], usual: str) -> str:
     """Return the separator of a table, from its header and its first rows.
 
-    Returns `usual` if no separator splits the header into several cells. Raises UnreadableRow if several separators are
-    possible, or if the header and the rows have different separators.
+    Returns `usual` if no separator splits the header into several cells. If several separators split the header, the
+    one that gives all rows the same number of cells is returned. Raises UnreadableRow if not exactly one separator does
+    so, or if the rows fit the header only with another separator.
     """
     widths = {separator: _widths(head, separator) for separator in _SEPARATORS}
     possible = [separator for separator, found in widths.items() if found[:1] > [1]]
@@ -125,10 +126,13 @@ def read_table(source: FileBytes, bad: OnBad, remark: Remark, *, usual: str) -> 
     """Yield (location, row) for each row of a table. `usual` is a comma for a CSV file, and a tab for a TSV file.
 
     The cells are separated by `usual`, unless the first line of the file states a different separator (sep=;), or the
-    header and the first rows show one. Then `remark` is called with a sentence about it.
+    header and the first rows show one. Then `remark` is called with a sentence about the separator.
 
-    Lines with only separators after the last row are skipped. Then `remark` is called with a sentence that gives their
-    number.
+    Blank lines are skipped. A line with only separators is a row with empty cells. But such lines after the last row
+    are skipped, and `remark` is called with a sentence that gives their number.
+
+    If a row has a wrong number of cells, `bad` is called instead of yielding the row. Raises UnreadableRow if the
+    header cannot be used, if the separator is not clear, or if the quotes in a row are broken.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     path = source.path
