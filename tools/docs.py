@@ -99,7 +99,7 @@ def pages() -> list[Path]:
 
 
 def render(text: str) -> str:
-    """Return the text with each `<!-- generated NAME -->` block updated. Raises KeyError if a NAME is unknown."""
+    """Return the text with each `<!-- generated NAME -->` block updated. Raises KeyError if BLOCKS lacks a NAME."""
 
     def block(match: re.Match[str]) -> str:
         return f'<!-- generated {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->'
@@ -110,8 +110,8 @@ def render(text: str) -> str:
 def main(argv: list[str]) -> int:
     """Update or check the pages, and return the exit code.
 
-    It is 1 if a Chinese help text is missing or out of date; no page is updated then. It is also 1 if --check finds a
-    page that is out of date. It is 2 for wrong arguments, else 0.
+    The exit code is 1 if `translation_problems` returns a message, and then no page is updated or checked. The exit
+    code is also 1 if --check finds a page that is out of date. It is 2 for wrong arguments, else 0.
     """
     if argv not in (['--write'], ['--check']):
         print('usage: python -m tools.docs --write | --check', file=sys.stderr)

@@ -74,7 +74,10 @@ def _problem(table: str, name: str, text: str | None, entry: dict[str, str]) -> 
 
 
 def translation_problems() -> list[str]:
-    """Return a message for each flag whose Chinese help text is missing, out of date, or of a flag that is gone."""
+    """Return a message for each flag whose Chinese help text is missing, out of date, or of a flag that is gone.
+
+    If flags_cn.json is not JSON, the only message says so.
+    """
     try:
         texts = read_texts()
     except json.JSONDecodeError as error:

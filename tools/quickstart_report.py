@@ -36,7 +36,8 @@ def table(before: list[bool], after: list[bool]) -> str:
 def examples(before: list[dict[str, Any]], after: list[dict[str, Any]], right: list[bool]) -> str:
     """Return a text with up to three questions, each with the reference answer and the answers of both models.
 
-    If the tuned model answered a question wrongly, one such question is shown. It answered the other questions right.
+    `right` says for each question whether the tuned model was right. If it was wrong for a question, the last of the
+    three questions is the first such question. The others are the first questions that the tuned model answered right.
     """
     wrong = [i for i, ok in enumerate(right) if not ok]
     chosen = [i for i, ok in enumerate(right) if ok][: 3 - bool(wrong)] + wrong[:1]
@@ -51,7 +52,10 @@ def examples(before: list[dict[str, Any]], after: list[dict[str, Any]], right: l
 
 
 def main(folder: Path) -> int:
-    """Print the summary of a quick-start folder, and return the exit code."""
+    """Print the summary of a quick-start folder. Returns the exit code 0.
+
+    The folder has before.jsonl and after.jsonl (the answers of the two models), and the run.json of the training.
+    """
     before = _read(folder / 'before.jsonl')
     after = _read(folder / 'after.jsonl')
     right_before = [row['scores']['right'] == 1 for row in before]

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """The content of an sft.sh script: its header, its flags, and the processes and GPUs that it uses."""
+    """The content of an sft.sh script: its header, its flags (`words`), and the processes and GPUs that it uses."""
 
     folder: Path
     header: str
@@ -33,7 +33,8 @@ class Script:
 def read_script(path: Path) -> Script:
     """Read a script under scripts/ without running it, and return its content.
 
-    Shell expressions that divide a batch among processes are replaced by their values.
+    Shell expressions that divide a batch among processes are replaced by their values on one machine. Raises
+    AssertionError if the flags contain any other shell expression.
     """
     text = path.read_text(encoding='utf-8')
     processes = int(found[1]) if (found := re.search(r'NPROC_PER_NODE:-(\d+)', text)) else 1
@@ -46,7 +47,10 @@ def read_script(path: Path) -> Script:
 
 
 def _memory(done: Resolution[SftArguments], machine: Machine) -> str:
-    """Return the estimated memory per device in GiB, as text. For a GPU, fragmentation and CUDA itself are included."""
+    """Return the estimated memory per device in GiB, as text. For a GPU, fragmentation and CUDA itself are included.
+
+    Returns 'unknown' if the shape of the model is not known.
+    """
     shape = known_shape(done.args.model_type)
     if shape is None or done.info is None:
         return 'unknown'

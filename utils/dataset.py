@@ -21,7 +21,7 @@ from utils.formats.converters import (
     leetcode,
     of_kinds,
     pair,
-    two_rounds,
+    two_turns,
     with_answer,
     without_history,
 )
@@ -66,7 +66,8 @@ def _alpaca(
 ) -> HubDataset:
     """Return the entry of a data set with the columns instruction, input and output.
 
-    Only the subsets `subsets` are read. Files with a word of `not_named` in their names are not read.
+    Only the subsets `subsets` are read. If the repository has no list of splits, files with a word of `not_named` in
+    their names are not read.
     """
     return HubDataset(
         id=modelscope_id,
@@ -142,7 +143,7 @@ DATASET_MAPPING: dict[str, DatasetFunction] = {
     'code-python-zh': HubDataset(
         id='codefuse-ai/CodeExercise-Python-27k',
         columns=('chat_rounds',),
-        to_row=two_rounds('chat_rounds'),
+        to_row=two_turns('chat_rounds'),
         drops='not exactly two turns',
     ),
     'leetcode-python-en': HubDataset(

@@ -801,9 +801,10 @@ MODEL_MAPPING: dict[str, ModelInfo] = {
 
 
 def infer_model_type(model_id_or_path: str) -> str | None:
-    """Return the key in MODEL_MAPPING for a hub id or a model folder. Returns None if no entry matches.
+    """Return the key of the first entry of MODEL_MAPPING that matches a hub id or a model folder, or None.
 
-    A folder matches an entry if the name of the folder is the last part of a hub id of the entry.
+    An entry matches if the name of the folder, or the last part of the hub id, equals the last part of a hub id of the
+    entry. Case and the owner in a hub id are ignored.
     """
     path = Path(model_id_or_path)
     folder = path.name
@@ -827,8 +828,9 @@ def infer_model_type(model_id_or_path: str) -> str | None:
 def get_model_info(model_type: str | None, model_id_or_path: str | None = None) -> ModelInfo:
     """Return the entry of MODEL_MAPPING with the key `model_type`.
 
-    If `model_id_or_path` is not an id of this entry, a copy of the entry with `model_id_or_path` as its id is returned.
-    If `model_type` is None, a new entry for `model_id_or_path` is returned. Raises ConfigError if the key is unknown.
+    If `model_id_or_path` is given and is not an id of this entry, a copy of the entry with this id is returned. If
+    `model_type` is None, a new entry for `model_id_or_path` is returned, with the template `auto`. In both cases,
+    `registered` is False. Raises ConfigError if the key is unknown.
     """
     if model_type is None:
         assert model_id_or_path is not None, 'resolve names a type or a path'
@@ -850,10 +852,12 @@ def get_model_info(model_type: str | None, model_id_or_path: str | None = None) 
 def load_model(
     model_dir: str | Path, *, model_type: str | None = None, torch_dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Return the model in a folder, loaded with its native class.
+    """Return the model in a folder. config.json tells its class, which is one of transformers or of this project.
 
-    `model_type` is the key of the model in MODEL_MAPPING. Without `model_type`, config.json tells the class. Without
-    `torch_dtype`, the best dtype of the device is used.
+    `model_type` is the key of the model in MODEL_MAPPING. Some folders of 2023 need it, because their config.json does
+    not tell the class. Without `torch_dtype`, the dtype of the entry is used, or the best dtype of the device if the
+    entry has none. No code from the folder is run. Raises ConfigError if the model cannot be opened, or if `model_type`
+    does not fit the folder.
     """
     info = get_model_info(model_type, str(model_dir))
     dtype = torch_dtype or pick_dtype(info.torch_dtype)[0]
@@ -867,6 +871,7 @@ def load_model(
 def load_tokenizer(model_dir: str | Path, *, model_type: str | None = None) -> Any:
     """Return the tokenizer in a folder. The tokenizer always has a pad token. No code from the folder is run.
 
-    `model_type` is the key of the model in MODEL_MAPPING. Without `model_type`, the files tell the class.
+    `model_type` is the key of the model in MODEL_MAPPING. Without `model_type`, the files tell the class. Raises
+    ConfigError if the tokenizer cannot be opened or has no eos_token.
     """
     return read_tokenizer(Path(model_dir), get_model_info(model_type, str(model_dir)))

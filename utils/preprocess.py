@@ -1,8 +1,9 @@
 """The registry of chat templates, which turn a conversation into token ids.
 
-The ids of a row are always `prompt + reply + end`, and in inference the model receives exactly `prompt`. So for every
-template, the prompt in inference is a prefix of the ids in training. Text from data is tokenised with special tokens
-disabled, so this text never becomes a control token.
+The ids of a conversation are always the ids of the text before the last reply, then of this reply, then of its end. In
+inference, the model receives exactly the ids before the reply. So for every template, the ids in inference are a prefix
+of the ids in training. Text from data is tokenised with special tokens disabled, so this text never becomes a control
+token.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class Template:
     two rounds. If `chat_sep` is None, the template allows only one round.
 
     Each field is a tuple of pieces. A piece is a text or a tuple. A text can have placeholders: {{SYSTEM}} in `prefix`,
-    {{QUERY}} and {{ROUND}} (counted from 1) in `prompt`. A tuple contains token ids, or names of tokenizer attributes
-    that contain a token id, such as 'eos_token_id'.
+    {{QUERY}} and {{ROUND}} (counted from 1) in `prompt`. Without a system text, {{SYSTEM}} becomes ''. A tuple contains
+    token ids, or names of tokenizer attributes that contain a token id, such as 'eos_token_id'.
     """
 
     prefix: tuple[Piece, ...]

@@ -18,6 +18,7 @@ from utils.formats import file_bytes
 from utils.formats.columns import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT, check_row, find_converter
 from utils.formats.conversation import BadRow, Message, Row, message_text
 from utils.formats.data_file import read_rows
+from utils.formats.json_text import WrittenNumber, json_as_written
 
 ASKED = {'role': 'user', 'content': 'How deep?'}
 TOLD = {'role': 'assistant', 'content': 'Four metres.'}
@@ -386,6 +387,11 @@ def test_a_row_of_another_shape_is_told_by_its_columns(tmp_path: Path) -> None:
         'the row has a different format than the first row, because it has the columns messages',
         'columns are missing that the first row has: response',
     ]
+
+
+def test_each_of_very_many_numbers_keeps_its_spelling() -> None:
+    written = [f'{i}.10' for i in range(100_010)]
+    assert json_as_written([WrittenNumber(number) for number in written]) == f'[{", ".join(written)}]'
 
 
 def test_numbers_of_json_are_text_as_they_were_written(tmp_path: Path) -> None:

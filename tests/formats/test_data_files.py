@@ -17,7 +17,7 @@ from utils.base.errors import ConfigError
 from utils.data.plan import plan_rows
 from utils.data.sources import check_sources, parse_source
 from utils.formats import file_bytes
-from utils.formats.data_file import read_rows
+from utils.formats.data_file import read_rows, signature
 
 ROWS = [{'query': f'q{i} 你好', 'response': f'r{i}\n"x"'} for i in range(50)]
 
@@ -87,26 +87,68 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         list(read_rows(endless))
 
 
+def test_a_row_of_an_array_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('utils.formats.data_file.MAX_ROW_BYTES', 1 << 20)
+    endless = tmp_path / 'endless.json'
+    endless.write_bytes(b'[{"query": "a"},\n{"query": "' + b'x' * (1 << 22) + b'"}]')
+    with pytest.raises(ConfigError, match='endless.json:2: the row that starts here exceeds 1 MiB, the limit'):
+        list(read_rows(endless))
+
+
+def test_an_array_as_a_row_of_a_json_file_is_not_told_to_rename_it(tmp_path: Path) -> None:
+    file = tmp_path / 'a.json'
+    file.write_bytes(b'[[1, 2]]')
+    with pytest.raises(ConfigError, match='got list.$'):
+        list(read_rows(file))
+    file.write_bytes(b'[{"query": "a"},\n')
+    with pytest.raises(ConfigError, match='a.json:2: the JSON array is broken here: expected a row or ], found the'):
+        list(read_rows(file))
+
+
+def test_a_file_that_is_gone_before_the_second_reading_is_one_message(tmp_path: Path) -> None:
+    file = write(tmp_path / 'a.jsonl')
+    known = signature(file)
+    file.unlink()
+    with pytest.raises(ConfigError, match='a.jsonl: the data file cannot be read: No such file'):
+        list(read_rows(file, known=known))
+
+
+def test_a_document_with_an_unreadable_line_gives_no_row(tmp_path: Path) -> None:
+    file = tmp_path / 'a.txt'
+    file.write_bytes(b'one\n\xe9\nthree\n')
+    told: list[str] = []
+    with pytest.raises(ConfigError, match='a.txt:2: byte 0xe9 is not UTF-8'):
+        list(read_rows(file, bad=lambda place, _: told.append(place)))
+    rows = read_rows(file, bad=lambda place, _: told.append(place), text_rows='paragraph')
+    assert [row['text'] for _, row in rows] == ['one', 'three']
+    assert told == [f'{file}:2']
+
+
 CHINESE = '{"query": "你好，世界", "response": "好"}\n'
 FRENCH = '{"query": "déjà été", "response": "né"}\n'
 BROKEN = {
     'chinese.jsonl': (CHINESE.encode('gb18030'), 'chinese.jsonl:1: byte 0xc4 is not UTF-8. It looks like GB18030. '
                       'Convert the file, e.g. iconv -f GB18030 -t UTF-8 chinese.jsonl.'),
     'french.jsonl': (FRENCH.encode('cp1252'), 'e.g. iconv -f WINDOWS-1252 -t UTF-8 french.jsonl.'),
-    'bare.jsonl': (FRENCH.encode('utf-16-le'), 'bare.jsonl:1: the text has NUL bytes, so it is not UTF-8. It looks '
-                   'like UTF-16LE. Convert the file, e.g. iconv -f UTF-16LE -t UTF-8 bare.jsonl.'),
+    'bare.jsonl': (FRENCH.encode('utf-16-le'), 'bare.jsonl:1: the text has NUL bytes, so it is probably not UTF-8. '
+                   'It looks like UTF-16LE. Convert the file, e.g. iconv -f UTF-16LE -t UTF-8 bare.jsonl.'),
     'bare.csv.gz': (gzip.compress('query,response\na,b\n'.encode('utf-16-be')),
                     'e.g. gzip -dc bare.csv.gz | iconv -f UTF-16BE -t UTF-8.'),
     'half.jsonl': ('\ufeff{"a": "b"}\n'.encode('utf-16-le') + b'\xd8\x3d\xd8\n\0', 'half.jsonl:2: an incomplete '
-                   'character: the file is marked as UTF-16. Download'),
+                   'or invalid character: the file is marked as UTF-16. Download'),
     'odd.json': (codecs.BOM_UTF16_BE + '[{"a": 1},\n{"a": 2}]'.encode('utf-16-be') + b'x',
-                 'odd.json:2: an incomplete character'),
+                 'odd.json:2: an incomplete or invalid character'),
     'table.csv': (b'PK\x03\x04' + b'\0' * 9, 'table.csv:1: the file is not text. This is an Excel workbook or a zip'),
     'rows.jsonl': (b'PAR1' + b'\0' * 9, 'the file is not text. This is a parquet file: rename it to rows.parquet.'),
     'packed.jsonl': (gzip.compress(b'{"query": "a"}\n' * 9), 'is compressed with gzip: rename it to packed.jsonl.gz.'),
     'packed.json': (gzip.compress(b'[{"query": "a"}]' * 9), 'is compressed with gzip: rename it to packed.json.gz.'),
-    'pretty.jsonl': (b'[\n{"query": "a"}\n]\n', 'pretty.jsonl:1: the JSON value spans several lines'),
-    'object.jsonl': (b'{\n"query": "a"\n}\n', 'object.jsonl:1: the JSON value spans several lines'),
+    'beyond.jsonl': (codecs.BOM_UTF32_LE + '{"a": "b"}\n'.encode('utf-32-le') + b'\xff' * 4, 'an incomplete or invalid '
+                     'character: the file is marked as UTF-32. Download'),
+    'pretty.jsonl': (b'[\n{"query": "a"}\n]\n', 'pretty.jsonl:1: the JSON value spans several lines, but a line must '
+                     'hold a whole object. Rename the file to .json.'),
+    'object.jsonl': (b'{\n"query": "a"\n}\n', 'object.jsonl:1: the JSON value spans several lines, but a line must '
+                     'hold a whole object. Write one object per line, or '),
+    'object.json': (b'{\n"query": "a"\n}\n', 'a whole object. Write one object per line, or '),
     'array.jsonl': (b'[{"query": "a"}]\n', 'got list. Rename the file to .json if it holds an array of rows.'),
     'cut.jsonl.gz': (gzip.compress(b'{"query": "a"}\n' * 9)[:-9], 'the gzip file is broken after'),
     'none.jsonl.gz': (b'{"query": "a"}\n', 'the gzip file is broken after 0 bytes'),
@@ -156,7 +198,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(change: str, tmp_path: 
         file.unlink()
         if change == 'replace':
             write(file, ROWS * 40)
-    with pytest.raises(ConfigError, match='changed while being read' if change != 'remove' else 'cannot be read'):
+    with pytest.raises(ConfigError, match='changed since it was opened' if change != 'remove' else 'cannot be read'):
         list(rows)
 
 
@@ -164,7 +206,7 @@ def test_a_file_that_changes_between_the_two_readings_is_refused(tmp_path: Path)
     file = write(tmp_path / 'a.jsonl')
     plan = plan_rows([str(file)])
     write(file, [{'query': 'other', 'response': 'row'}] * 50)
-    with pytest.raises(ConfigError, match='changed while being read'):
+    with pytest.raises(ConfigError, match='changed since it was opened'):
         list(plan.rows(1, 2))
 
 

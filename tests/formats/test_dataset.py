@@ -458,8 +458,8 @@ GONE = {
         'sharegpt-en',
         'swift/sharegpt',
         'common-en/train.jsonl',
-    ): "split 'train' of subset 'computer-en' no longer",
-    ('jd-zh', 'DAMO_NLP/jd', 'train.csv'): "split 'validation' of subset 'default' no longer exists",
+    ): "split 'train' of subset 'computer-en' or one of its files is not found",
+    ('jd-zh', 'DAMO_NLP/jd', 'train.csv'): "split 'validation' of subset 'default' or one of its files is not found",
 }
 
 

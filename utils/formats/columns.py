@@ -1,6 +1,7 @@
 """Converters from rows in the known formats to conversations.
 
-A converter is a pure function. It returns a Row, or raises BadRow if the row cannot be used.
+A converter is a pure function. It returns a Row, or raises BadRow if the row cannot be converted. `check_row` then
+checks whether the Row can be used for training.
 """
 
 from __future__ import annotations
@@ -116,9 +117,10 @@ def _parsed(text: str, remarks: _Remarks) -> Any:
 
 
 def _parse_json(value: Any, column: str, remarks: _Remarks) -> Any:
-    """Return the list or object in a cell. Returns None if the cell has only whitespace.
+    """Return the value of a cell that should have a list or an object. Returns None if the cell has only whitespace.
 
-    JSON text is parsed, because a cell of a CSV file is always text. Raises BadRow if the text is not JSON.
+    Text is parsed as JSON, because a cell of a CSV file is always text. Raises BadRow if the text is not JSON. Any
+    other value is returned unchanged.
     """
     if not isinstance(value, str):
         return value
@@ -144,7 +146,7 @@ def _parse_object(value: Any, remarks: _Remarks) -> Any:
 
 
 def _check_json(value: Any, column: str) -> None:
-    """Raise BadRow if JSON cannot represent the value, for example a date from a parquet file."""
+    """Raise BadRow if JSON cannot represent the value, for example NaN, or a date from a parquet file."""
 
     def refuse(item: Any) -> NoReturn:
         raise BadRow(f'{column} holds a {type(item).__name__}, which JSON cannot represent', column)
@@ -162,7 +164,10 @@ def _check_json(value: Any, column: str) -> None:
 
 
 def _images(row: Mapping[str, Any], remarks: _Remarks) -> list[str]:
-    """Return the paths in the column `images`. A cell is one path, a list of paths, or a list of paths as JSON text."""
+    """Return the paths in the column `images`. A cell is one path, a list of paths, or a list of paths as JSON text.
+
+    Raises BadRow for any other value. Returns [] if the cell is missing or empty.
+    """
     images = _cell(row, 'images')
     if isinstance(images, str) and not images.lstrip().startswith('['):
         images = [images] if images else []
@@ -173,7 +178,10 @@ def _images(row: Mapping[str, Any], remarks: _Remarks) -> list[str]:
 
 
 def _content(value: Any, what: str, column: str, remarks: _Remarks) -> str:
-    """Return the content of a turn as text. If the content is a list of items, each image becomes an <img> tag."""
+    """Return the content of a turn as text. If the content is a list of items, each image becomes an <img> tag.
+
+    Raises BadRow if an item is neither text nor an image.
+    """
     if not isinstance(value, list):
         return _text(value, what, column)
 
@@ -193,7 +201,10 @@ def _content(value: Any, what: str, column: str, remarks: _Remarks) -> str:
 
 
 def _tool(tool: dict[str, Any], remarks: _Remarks) -> dict[str, Any]:
-    """Return a tool as {'type': 'function', 'function': {...}}. If the parameters are JSON text, they are parsed."""
+    """Return a tool as {'type': 'function', 'function': {...}}.
+
+    Parameters that are the JSON text of an object are parsed. Other parameters are returned unchanged.
+    """
     wrapped = tool if 'function' in tool else {'type': 'function', 'function': tool}
     function = wrapped['function']
     if not isinstance(function, dict) or not isinstance(function.get('parameters'), str):
@@ -206,9 +217,9 @@ def _tool(tool: dict[str, Any], remarks: _Remarks) -> dict[str, Any]:
 
 
 def _tools(row: Mapping[str, Any], remarks: _Remarks) -> list[Any] | None:
-    """Return the tools of a row from the column `tools`, or `functions` (the older name).
+    """Return the tools of a row from the column `tools`, or, if it is empty, from `functions` (the older name).
 
-    Returns None if the row has no tools.
+    Returns None if the row has no tools. Raises BadRow if the tools are not a list of objects.
     """
     given = {column: _parse_json(_cell(row, column), column, remarks) for column in ('tools', 'functions')}
     column = 'tools' if given['tools'] else 'functions'
@@ -225,7 +236,10 @@ def _tools(row: Mapping[str, Any], remarks: _Remarks) -> list[Any] | None:
 
 
 def _call(call: Any, remarks: _Remarks) -> dict[str, Any]:
-    """Return a call as {'type': 'function', 'function': {...}}. If the arguments are JSON text, they are parsed."""
+    """Return a call as {'type': 'function', 'function': {...}}. Arguments that are JSON text of an object are parsed.
+
+    Raises BadRow if the call has no name or a type other than function.
+    """
     wrapper = call if isinstance(call, dict) and 'function' in call else {'function': call}
     kind = wrapper.get('type') or 'function'
     function = wrapper['function']
@@ -264,7 +278,10 @@ def _in_order_of(written: Mapping[str, Any], made: dict[str, Any]) -> dict[str, 
 
 
 def _calls(calls: Any, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
-    """Return a list of converted calls. `calls` is a list of calls, or one call. Raises BadRow for any other value."""
+    """Return a list of converted calls. `calls` is a list of calls, or one call.
+
+    Raises BadRow for any other value, and for a call that cannot be converted.
+    """
     if isinstance(calls, dict):
         calls = [calls]
     if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) for call in calls):
@@ -275,7 +292,10 @@ def _calls(calls: Any, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
 
 
 def _calls_in_text(content: str, column: str, remarks: _Remarks) -> list[dict[str, Any]]:
-    """Return the tool calls of a turn with the role 'call'. `content` is one call or a list of calls as JSON text."""
+    """Return the tool calls of a turn with the role 'call'. `content` is one call or a list of calls as JSON text.
+
+    Raises BadRow if `content` is anything else.
+    """
     try:
         parsed = _parsed(content, remarks)
     except (ValueError, RecursionError):
@@ -290,7 +310,8 @@ def _calls_in_text(content: str, column: str, remarks: _Remarks) -> list[dict[st
 def _loss(turn: Mapping[str, Any]) -> tuple[str, bool] | None:
     """Return (key, value) of the key that says whether the turn carries loss, for example ('weight', False).
 
-    Returns None if the turn has no such key.
+    Returns None if the turn has no such key. Raises BadRow if the value is unknown, or if two keys contradict each
+    other.
     """
     found: dict[str, bool] = {}
     for key in _LOSS_KEYS:
@@ -337,7 +358,10 @@ class _Turn:
         return _calls(calls, self.column, self.remarks) if calls else []
 
     def message(self, role: str, role_key: str, content_key: str) -> Message:
-        """Return the turn as a message. The keys of the turn that are not in the message are recorded as unused."""
+        """Return the turn as a message. The keys of the turn that are not in the message are recorded as unused.
+
+        Raises BadRow if the turn cannot be converted.
+        """
         self.used |= {role_key, content_key}
         content = self.turn.get(content_key)
         calls = self.calls() if role == 'assistant' else []
@@ -391,6 +415,7 @@ def _turns(
     """Return the turns of a column as messages.
 
     `role_keys` and `content_keys` are the possible names for the keys `role` and `content`, in the order of preference.
+    Raises BadRow if a turn cannot be converted.
     """
     turns = _parse_json(turns, column, remarks)
     if not isinstance(turns, list) or not turns:
@@ -409,7 +434,10 @@ def _turns(
 
 
 def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """Return the messages. If the row has text in the column `system`, a system message with this text comes first."""
+    """Return the messages. If the row has text in the column `system`, a system message with this text comes first.
+
+    Raises BadRow if the messages begin with a different system message.
+    """
     value = _cell(row, 'system')
     system = '' if _is_empty(value) else _text(value, 'system')
     if not system:
@@ -428,7 +456,10 @@ _EVERYWHERE = ('system', 'tools', 'functions', 'images')
 
 
 def _row(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, *columns: str) -> Row:
-    """Return the Row with these messages. `columns` are the columns from which the messages were read."""
+    """Return the Row with these messages. `columns` are the columns from which the messages were read.
+
+    Raises BadRow if the system text, the tools or the images of the row cannot be used.
+    """
     tools = _tools(row, remarks)
     images = _images(row, remarks)
     remarks.note_unused(row, (*columns, *_EVERYWHERE), 'column')
@@ -446,7 +477,7 @@ def _row(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, *co
 
 
 def _chat(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, column: str) -> Row:
-    """Return the Row of a chat. Every reply of a chat carries loss unless the user gives --loss_scope."""
+    """Return the Row of a chat. Every reply carries loss, unless --loss_scope or the reply itself says otherwise."""
     made = _row(row, messages, remarks, column)
     made.loss_scope = 'all_rounds'
     return made
@@ -500,7 +531,7 @@ def _from_instruction(row: Mapping[str, Any]) -> Row:
 
 
 def _from_text(row: Mapping[str, Any]) -> Row:
-    """Return the Row with the plain text of the column `text`. No other column is used."""
+    """Return the Row with the plain text of the column `text`. All other columns that are not empty are unused."""
     remarks = _Remarks()
     text = _text(row['text'], 'text')
     remarks.note_unused(row, ('text',), 'column')
@@ -511,7 +542,8 @@ def _from_text(row: Mapping[str, Any]) -> Row:
 def _said(row: Mapping[str, Any], column: str, role: str, remarks: _Remarks) -> list[Message]:
     """Return the messages of a cell that holds a text, one message or a list of messages.
 
-    A text becomes a message with the role `role`. A message keeps its own role.
+    A text or a number becomes a message with the role `role`. A message keeps its own role. Raises BadRow for any other
+    value.
     """
     value = row[column]
     if not isinstance(value, list | dict):
@@ -572,7 +604,7 @@ KNOWN_COLUMNS = tuple(dict.fromkeys([*_NEEDED, 'history', *_EVERYWHERE]))
 
 
 def find_converter(columns: Iterable[str]) -> Converter | None:
-    """Return the converter for rows with these columns, or None if there is no clear choice.
+    """Return the converter for rows with these columns, or None if no format fits or if there is no clear choice.
 
     The first format of SHAPES that fits is used. If no format of SHAPES fits, a format of OTHER_SHAPES is used, but
     only if exactly one format of OTHER_SHAPES fits.

@@ -59,8 +59,8 @@ def alpaca(
 ) -> ToRow:
     """Return a converter for columns with instruction, input and output. The query is instruction, newline, input.
 
-    Without an instruction, the query is only the input. `drop_prefix` is removed from the beginning of the input. A row
-    without a query or an output is dropped.
+    The newline is there even if the input is empty. Without an instruction, the query is only the input. `drop_prefix`
+    is removed from the beginning of the input. A row without a query or an output is dropped.
     """
 
     def to_row(row: SourceRow) -> PlainRow | None:
@@ -76,8 +76,8 @@ def alpaca(
 def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
     """Return a converter that uses `to_row` for the rows whose cell in `column` is one of `kinds`.
 
-    If the cell has a different value, the converter raises Unwanted. If the cell is empty, the row is broken, and the
-    converter returns None.
+    If the cell is empty, the row is broken, and the converter returns None. If the cell has any other value, the
+    converter raises Unwanted.
     """
     wanted = frozenset(kinds)
 
@@ -94,7 +94,8 @@ def of_kinds(column: str, kinds: Iterable[str], to_row: ToRow) -> ToRow:
 def without_history(column: str, to_row: ToRow) -> ToRow:
     """Return a converter that uses `to_row` for the rows whose cell in `column` (the history) is empty.
 
-    If a row has a history, the converter raises Unwanted. If the cell cannot be read, the converter returns None.
+    If a row has a history, the converter raises Unwanted. If the cell cannot be read as a list, the converter returns
+    None.
     """
 
     def without(row: SourceRow) -> PlainRow | None:
@@ -111,7 +112,7 @@ def without_history(column: str, to_row: ToRow) -> ToRow:
 def with_answer(query: str, response: str, answer: str) -> ToRow:
     """Return a converter that copies the query and the response, and appends the answer to the response.
 
-    If the row has no answer, nothing is appended.
+    If the row has no answer, nothing is appended. A row without a query or a response is dropped.
     """
 
     def to_row(row: SourceRow) -> PlainRow | None:
@@ -128,7 +129,8 @@ def with_answer(query: str, response: str, answer: str) -> ToRow:
 def human_assistant(column: str) -> ToRow:
     """Return a converter for a list of {human, assistant} rounds.
 
-    The last round becomes query and response. The earlier rounds become the history.
+    The last round becomes query and response. The earlier rounds become the history. A row without such a list, or
+    whose last response is empty, is dropped.
     """
 
     def to_row(row: SourceRow) -> PlainRow | None:
@@ -143,10 +145,11 @@ def human_assistant(column: str) -> ToRow:
 
 
 def agent(plugin: str) -> ToRow:
-    """Return a converter for a list of {from, value} turns. The first turn is a system text that lists plugins.
+    """Return a converter for the column `conversations`, a list of {from, value} turns.
 
-    `plugin` is a regular expression that finds the names of the plugins in the system text. A row is skipped if it
-    lists fewer than two plugins, or if its turns do not alternate between user and assistant.
+    The first turn is a system text that lists plugins. `plugin` is a regular expression that finds the names of the
+    plugins in the system text. A row is skipped if it lists fewer than two different plugins, or if its other turns do
+    not alternate between user and assistant. A row without such a list, or whose last turn is empty, is dropped.
     """
     pattern = re.compile(plugin)
 
@@ -171,10 +174,10 @@ def agent(plugin: str) -> ToRow:
     return to_row
 
 
-def two_rounds(column: str) -> ToRow:
+def two_turns(column: str) -> ToRow:
     """Return a converter for a list of exactly two {content} turns, the query and the response.
 
-    Rows with a different number of turns are skipped.
+    A row with a different number of turns is skipped. A row without such a list, or with an empty turn, is dropped.
     """
 
     def to_row(row: SourceRow) -> PlainRow | None:
@@ -194,7 +197,7 @@ def two_rounds(column: str) -> ToRow:
 def leetcode(row: SourceRow) -> PlainRow | None:
     """Return a row whose query is the programming problem and whose response is the code with its explanation.
 
-    A row that does not contain exactly one block of Python code is skipped.
+    A row that does not contain exactly one block of Python code is skipped. A row without a text is dropped.
     """
     problem, mark, code = _text(row, 'code_with_problem').partition('```python')
     if not mark or '```python' in code:
@@ -206,7 +209,10 @@ def leetcode(row: SourceRow) -> PlainRow | None:
 
 
 def law_text(row: SourceRow) -> PlainRow | None:
-    """Return a row with an empty query, as in pre-training. The response is an article of a law with its headings."""
+    """Return a row with an empty query, as in pre-training. The response is an article of a law with its headings.
+
+    A row without an article is dropped.
+    """
     if not _text(row, 'content'):
         return None
 
@@ -220,7 +226,10 @@ def law_text(row: SourceRow) -> PlainRow | None:
 
 
 def advertise(row: SourceRow) -> PlainRow | None:
-    """Return a row whose query asks for an advertisement with some keywords. The response is the advertisement."""
+    """Return a row whose query asks for an advertisement with some keywords. The response is the advertisement.
+
+    A row without keywords or an advertisement is dropped.
+    """
     keywords = _text(row, 'content')
     text = _text(row, 'summary')
     if not keywords or not text:
@@ -232,7 +241,7 @@ def ask_question(row: SourceRow) -> PlainRow | None:
     """Return a row for this task: read a text and an answer, and write the question.
 
     The column `text1` has '<answer>[SEP]<text>', and the column `text2` has the question. The query is made from
-    `text1`. The response is the question.
+    `text1`. The response is the question. A row without [SEP] or a question is dropped.
     """
     answer, mark, context = _text(row, 'text1').partition('[SEP]')
     question = _text(row, 'text2')
@@ -244,7 +253,9 @@ def ask_question(row: SourceRow) -> PlainRow | None:
 def classify(task: str, columns: Mapping[str, str], names: Sequence[str]) -> ToRow:
     """Return a converter whose query asks for the category of a text, and whose response is the category.
 
-    `columns` maps each column to its heading in the query. `names` are the names of the categories.
+    `columns` maps each column to its heading in the query. `names` are the names of the categories. The column `label`
+    has the name of the category, or its index in `names`. If the label is -1, it is not published, and the row is
+    skipped. If the label is absent or names no category, the row is dropped.
     """
 
     def to_row(row: SourceRow) -> PlainRow | None:
@@ -281,7 +292,8 @@ def always_ask(query: str, response: str) -> ToRow:
 def caption(row: SourceRow) -> PlainRow | None:
     """Return a row whose query asks for a description of an image.
 
-    The image is given by its path. If there are several captions, the response is the first caption.
+    The image is given by its path. If there are several captions, the response is the first caption. A row without an
+    image or a caption is dropped.
     """
     image = row.get('image')
     path = image.get('path') if isinstance(image, Mapping) else image

@@ -1,6 +1,6 @@
 """Readers for data files. A reader yields each row as a dictionary, with the location of the row.
 
-Memory use is constant. Files compressed with gzip can be read.
+Memory use does not grow with the number of rows. Files compressed with gzip can be read, except parquet files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEXT_SUFFIXES = ('.txt', '.md', '.txt.gz', '.md.gz')
 # (location of a row, e.g. 'data/train.jsonl:12', the row)
 LocatedRow = tuple[str, dict[str, Any]]
 Signature = tuple[int, int, int]
-# Yields (location, row) for each row of a file.
+# Yields (location, row) for each row of a file that can be read.
 _Reader = Callable[[FileBytes, OnBad, Remark], Iterator[tuple[str, Any]]]
 
 _BLANK = re.compile(r'[ \t\r\n]*')
@@ -41,7 +41,10 @@ _USE_ANOTHER = 'Use another file, or remove this one from --dataset.'
 
 
 def signature(path: Path) -> Signature:
-    """Return (size, modification time, inode) of a file. If one of them differs later, the file was changed."""
+    """Return (size, modification time, inode) of a file. If one of them differs later, the file has changed.
+
+    Raises ConfigError if the file does not exist or cannot be accessed.
+    """
     try:
         stat = path.stat()
     except OSError as error:
@@ -62,16 +65,21 @@ def read_rows(
     text_rows: TextRows = 'document',
     remark: Remark = ignore,
 ) -> Iterator[LocatedRow]:
-    """Yield each row of a data file with its location. `bad` is called for a row that cannot be read.
+    """Yield (location, row) for each row of a data file, in the order of the file.
 
-    A text file gives one row, with only the column `text`. If `text_rows` is 'paragraph', it gives one row per
-    paragraph (lines without an empty line between them). A text file without text gives one row with an empty text.
+    If a row cannot be read, but the rows after it can, `bad` is called with its location and the problem. If `bad` does
+    not raise an error, reading continues with the next row. If the rest of the file cannot be read either, for example
+    because a JSON array is broken, UnreadableRow (a ConfigError) is raised.
 
-    `known` is the signature of the file at an earlier reading. `digest` is a hash object; it is updated with all bytes
-    that are read. `remark` is called with each remark on how the file is read.
+    A text file gives one row, which has only the column `text`. If `text_rows` is 'paragraph', a text file gives one
+    row for each paragraph. Blank lines separate paragraphs. An empty text file gives one row with an empty text.
 
-    Raises ConfigError if the file cannot be read, has no rows, differs from the file at the earlier reading, or changes
-    while it is read.
+    `known` is the signature of the file when it was opened earlier in the run. `digest` is a hash object. It is updated
+    with the bytes of the file, after decompression and conversion to UTF-8. `remark` is called with each remark on how
+    the file is read.
+
+    Raises ConfigError if the file cannot be read, if no row of it can be read, or if its signature differs from `known`
+    or changes while the file is read. A different signature is found only when the reading ends.
     """
     before = known or signature(path)
     kind = path.name.lower().removesuffix('.gz').rpartition('.')[2]
@@ -95,7 +103,8 @@ def read_rows(
             if isinstance(row, dict):
                 yield location, row
             else:
-                remedy = ' Rename the file to .json if it holds an array of rows.' if isinstance(row, list) else ''
+                is_array = isinstance(row, list) and kind == 'jsonl'
+                remedy = ' Rename the file to .json if it holds an array of rows.' if is_array else ''
                 bad(location, f'a row must be an object with named columns, got {type(row).__name__}.{remedy}')
     except ConfigError:
         _check_unchanged(path, before)  # if the file changed, this is the cause of the error
@@ -103,13 +112,13 @@ def read_rows(
     _check_unchanged(path, before)
 
     if count == 0:
-        raise ConfigError(f'{path}: the data file holds no rows. {_USE_ANOTHER}')
+        raise ConfigError(f'{path}: the data file holds no rows that can be read. {_USE_ANOTHER}')
 
 
 def _check_unchanged(path: Path, before: Signature) -> None:
     if signature(path) != before:
         raise ConfigError(
-            f'{path}: the data file changed while being read. Wait until it is complete, or use a copy of it.'
+            f'{path}: the data file has changed since it was opened. Wait until it is complete, or use a copy of it.'
         )
 
 
@@ -125,7 +134,10 @@ class _JsonText:
         self._parser = JsonParser()
 
     def _fill(self) -> bool:
-        """Append the next block to the unparsed text. Returns False at the end of the file."""
+        """Append the next block to the unparsed text. Returns False at the end of the file.
+
+        Raises UnreadableRow if the block is not UTF-8.
+        """
         block = self.source.block()
         rest = self.text[self.position :]
         try:
@@ -153,14 +165,24 @@ class _JsonText:
         refuse(f'{self.source.path}:{line}', f'the JSON is broken in the row that starts at line {self.line}: {why}.')
 
     def value(self) -> Any:
-        """Return the JSON value that starts at the current position. Raises UnreadableRow if the JSON is broken."""
+        """Return the JSON value that starts at the current position.
+
+        Raises UnreadableRow if the JSON is broken, or if the value is larger than the limit for a row.
+        """
         while True:
             self._parser.repeated.clear()  # an attempt that failed at the end of the buffer may have recorded keys
             try:
                 value, end = self._parser.parse_start(self.text, self.position)
             except json.JSONDecodeError as error:
                 is_truncated = error.msg.startswith('Unterminated') or error.pos + _MAX_TRUNCATED > len(self.text)
-                if is_truncated and len(self.text) - self.position < MAX_ROW_BYTES and self._fill():
+                is_short = len(self.text) - self.position < MAX_ROW_BYTES
+                if is_truncated and not is_short:
+                    refuse(
+                        f'{self.source.path}:{self.line}',
+                        f'the row that starts here exceeds {MAX_ROW_BYTES >> 20} MiB, the limit for a row. Split the '
+                        'row.',
+                    )
+                if is_truncated and self._fill():
                     continue
                 self._refuse_value(error.pos, error.msg)
             except (ValueError, RecursionError) as error:  # a number is too long, or values are nested too deeply
@@ -172,7 +194,10 @@ class _JsonText:
 
 
 def _read_json(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
-    """Yield the items of a JSON array. If the file does not start with '[', it is read as JSON lines."""
+    """Yield (location, item) for each item of a JSON array.
+
+    If the first character of the file, after whitespace, is not '[', the file is read as JSON lines.
+    """
     path = source.path
     text = _JsonText(source)
     if text.next_character() != '[':
@@ -188,7 +213,8 @@ def _read_json(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[
             continue
         if not character or not expects_item:
             found = repr(character) if character else 'the end of the file'
-            refuse(f'{path}:{text.line}', f'the JSON array is broken here: expected , or ], found {found}.')
+            expected = 'a row or ]' if expects_item else ', or ]'
+            refuse(f'{path}:{text.line}', f'the JSON array is broken here: expected {expected}, found {found}.')
         yield f'{path}:{text.line}', text.value()
         expects_item = False
 
@@ -201,9 +227,10 @@ def _read_json(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[
 
 
 def read_objects(path: Path) -> Iterator[LocatedRow]:
-    """Yield each JSON object of a file that contains several objects in sequence.
+    """Yield (location, object) for each JSON object of a file that contains several objects in sequence.
 
-    Whitespace, commas and square brackets between the objects are ignored.
+    Whitespace, commas and square brackets between the objects are ignored. The location names the number of the object,
+    counted from 1. Raises UnreadableRow if the JSON is broken, or if a value between the objects is not an object.
     """
     text = _JsonText(FileBytes(path, hashlib.sha256()))
     number = 0
@@ -234,14 +261,15 @@ def _read_jsonl(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple
             row = parser.row(parser.parse(line))
         except (ValueError, RecursionError) as error:
             if is_first and line.strip() in ('[', '{'):
-                refuse(
-                    location,
-                    'the JSON value spans several lines, but a .jsonl file holds one object per line. '
-                    'Rename the file to .json.',
+                remedy = (
+                    'Rename the file to .json.'
+                    if line.strip() == '['
+                    else 'Write one object per line, or write all objects as an array [...] into a .json file.'
                 )
+                refuse(location, f'the JSON value spans several lines, but a line must hold a whole object. {remedy}')
             is_first = False
             why = f'{error.msg} at column {error.colno}' if isinstance(error, json.JSONDecodeError) else str(error)
-            bad(location, f'this line is not JSON ({why}). A .jsonl file holds one object per line.')
+            bad(location, f'this line is not JSON ({why}). Write one JSON object per line.')
             continue
 
         is_first = False
@@ -249,9 +277,12 @@ def _read_jsonl(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple
 
 
 def _read_document(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
-    """Yield one row with the whole text of the file, unchanged."""
+    """Yield one row with the whole text of the file, unchanged.
+
+    Raises UnreadableRow if the text is not UTF-8 or exceeds the limit for a row.
+    """
     lines: list[str] = []
-    for _, line in source.lines(bad):
+    for _, line in source.lines(refuse):  # without an unreadable line, the text would not be the document
         if source.total > MAX_ROW_BYTES:
             refuse(
                 str(source.path),
@@ -263,9 +294,10 @@ def _read_document(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tu
 
 
 def _read_paragraphs(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
-    """Yield a row for each paragraph. A paragraph consists of lines without an empty line between them.
+    """Yield a row for each paragraph. A paragraph consists of lines without a blank line between them.
 
-    The line break at the end of a paragraph is left out. A file without text gives one row with an empty text.
+    A line with only whitespace is blank. The line break at the end of a paragraph is left out. A file that has only
+    blank lines gives one row with an empty text. A line that is not UTF-8 separates paragraphs, like a blank line.
     """
     paragraph: list[str] = []
     first = 1
@@ -297,7 +329,7 @@ def _read_tsv(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[s
 
 
 def without_null_keys(value: Any) -> Any:
-    """Return a value without the keys whose value is null.
+    """Return a value without the keys whose value is null. Keys of nested objects are removed too.
 
     A struct in a parquet file has the same keys in every row. If the source row lacks a key, the value is null.
     """

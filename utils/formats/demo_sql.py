@@ -42,7 +42,7 @@ ORDERS = (('highest', 'DESC'), ('lowest', 'ASC'))
 def _words() -> dict[str, Any]:
     """Return the content of demo_sql.json: the words and sentences from which the rows are made.
 
-    Training rows and held-out rows use different words and sentences of this file.
+    Training rows and held-out rows use different words and sentences of this file, but the same phrases for conditions.
     """
     found: dict[str, Any] = json.loads(Path(__file__).with_name('demo_sql.json').read_text(encoding='utf-8'))
     return found
@@ -59,6 +59,7 @@ def train_rows() -> list[dict[str, str]]:
 def held_out_rows() -> list[dict[str, str]]:
     """Return the held-out rows, each {'system', 'query', 'response'}. The rows are the same on each call.
 
+    No two rows have the same query.
     Their table names, column names, text values and sentences do not occur in the training rows.
     """
     return _rows(True, HELD_OUT_ROWS, SEED + 1)
@@ -141,14 +142,15 @@ def _condition(rng: random.Random, unseen: bool, column: str) -> tuple[str, str]
 def is_right(row: dict[str, str], answer: str) -> bool:
     """Return whether the SQL of the answer selects the same records as the reference SQL, row['response'].
 
-    Both are run several times on the table that row['query'] creates, each time with different random records. Many
-    numbers and texts in these records equal a constant of the reference SQL or are close to it. So a wrong column,
-    constant or comparison changes the result. The order of the selected records matters only if the reference SQL
-    sorts.
+    Both are run several times on the table that row['query'] creates, each time with different random records. The
+    records are chosen so that a wrong column, constant or comparison nearly always changes the result. The order of the
+    selected records matters only if the reference SQL sorts.
 
     If the answer has a fenced code block, only this block is used. The SQL ends at the first semicolon. The answer is
-    wrong if a second statement follows the semicolon. Any other text after the semicolon is ignored. An answer that is
-    not a plain SELECT is also wrong.
+    wrong if a second statement follows the semicolon. Any other text after the semicolon is ignored. An answer is also
+    wrong if it is not a plain SELECT, is longer than 2000 characters, or runs too long.
+
+    Raises ValueError if row['query'] has no CREATE TABLE statement.
     """
     sql = _statement(answer)
     if not sql:
@@ -164,7 +166,10 @@ def is_right(row: dict[str, str], answer: str) -> bool:
 
 
 def _statement(answer: str) -> str:
-    """Return the SQL in an answer. Returns '' if the SQL is too long, or if a second statement follows."""
+    """Return the SQL in an answer, without the semicolon.
+
+    Returns '' if the SQL is too long, or if a second statement follows.
+    """
     fenced = re.search(r'```\w*\s(.*?)(?:```|$)', answer, re.DOTALL)
     text, _, rest = (fenced.group(1) if fenced else answer).strip().partition(';')
     verbs = r'\s*(select|insert|update|delete|replace|drop|create|alter|attach|detach|pragma|vacuum)\b'
@@ -174,7 +179,7 @@ def _statement(answer: str) -> str:
 def _fill(row: dict[str, str], seed: int) -> tuple[str, list[tuple[str | float, ...]]]:
     """Return the CREATE TABLE statement in row['query'], and random records for this table.
 
-    The records depend only on `row` and `seed`.
+    The records depend only on `row` and `seed`. Raises ValueError if row['query'] has no CREATE TABLE statement.
     """
     match = re.search(r'CREATE TABLE \w+ \((.*)\);', row['query'])
     if match is None:
@@ -188,7 +193,8 @@ def _fill(row: dict[str, str], seed: int) -> tuple[str, list[tuple[str | float, 
 def _cells(rng: random.Random, definition: str, sql: str) -> list[str | float]:
     """Return random cells for a column.
 
-    If the SQL compares the column with a value, many cells equal this value or are close to it.
+    If the SQL compares the column with a value, many cells equal this value or are close to it. But if the SQL sorts,
+    number cells are random and unique.
     """
     name, kind = definition.split()
     if kind == 'TEXT':
@@ -220,7 +226,9 @@ def _allow(action: int, name: str | None, *_: str | None) -> int:
 
 
 def _run(row: dict[str, str], sql: str, seed: int, with_order: bool) -> list[tuple[object, ...]] | None:
-    """Return the records that `sql` selects from the table that row['query'] creates. Returns None if `sql` fails.
+    """Return the records that `sql` selects from the table that row['query'] creates.
+
+    Returns None if `sql` fails, takes too many steps, or does more than select.
 
     If `with_order` is True, the records have the order that the SQL gives them. Otherwise they are sorted. `seed` is
     the seed of the random records in the table.

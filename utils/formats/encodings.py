@@ -55,7 +55,10 @@ def _cyrillic(data: bytes) -> float:
 
 
 def _korean(data: bytes) -> float:
-    """Return the share of characters that are Korean in CP949. Returns 0 for a short text."""
+    """Return the share of the characters beyond ASCII that are Korean syllables in CP949.
+
+    Returns 0 if `data` has too few bytes above 0x7F.
+    """
     if sum(map(len, _HIGH.findall(data))) < 2 * _LEAST_KOREAN:
         return 0.0
     return _share(data, 'cp949', lambda character, _: '\uac00' <= character <= '\ud7a3')

@@ -1,4 +1,4 @@
-"""Reads the bytes of a data file. They are decompressed, counted and hashed, and UTF-16 is converted to UTF-8."""
+"""Reads the bytes of a data file. Compressed bytes are decompressed, and UTF-16 and UTF-32 are converted to UTF-8."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _NOT_TEXT = (
 
 
 class UnreadableRow(ConfigError):
-    """A row cannot be read. The error holds the location of the row."""
+    """A row, or the rest of the file from this row on, cannot be read. The error holds the location of the row."""
 
     def __init__(self, location: str, problem: str) -> None:
         super().__init__(f'{location}: {problem}')
@@ -63,7 +63,8 @@ def refuse(location: str, problem: str) -> NoReturn:
 class _Converted(io.RawIOBase):
     """A stream that converts text in UTF-16 or UTF-32 to UTF-8.
 
-    An incomplete character at the end becomes a byte that is not UTF-8, so the reader reports it.
+    An incomplete character at the end becomes a byte that is not UTF-8, so the reader reports it. If a character does
+    not exist in Unicode, the text ends with such a byte in the place of this character's block.
     """
 
     def __init__(self, stream: Any, encoding: str) -> None:
@@ -76,10 +77,14 @@ class _Converted(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer with the next bytes. Returns the number of bytes, which is 0 at the end of the file."""
+        """Write the next bytes into the buffer. Returns the number of bytes, which is 0 at the end of the file."""
         while not self._ready:
             block = self._stream.read(BLOCK_BYTES)
-            self._ready = self._decoder.decode(block).encode('utf-8', 'surrogatepass')
+            try:
+                self._ready = self._decoder.decode(block).encode('utf-8', 'surrogatepass')
+            except UnicodeDecodeError:  # a number beyond Unicode, which UTF-32 can contain
+                self._stream, self._ready = io.BytesIO(), b'\xff'
+                self._decoder.reset()
             if not block:
                 if not self._decoder.getstate()[0]:
                     return 0
@@ -93,21 +98,25 @@ class _Converted(io.RawIOBase):
 
 
 class FileBytes:
-    """Reads the bytes of a data file, and decompresses, counts and hashes them.
+    """Reads the bytes of a data file, counts them in `total`, and updates the hash object `digest` with them.
 
-    A text file in UTF-16 or UTF-32 with a byte-order mark is converted to UTF-8.
+    If the file name ends with .gz, the bytes are decompressed. A text file in UTF-16 or UTF-32 with a byte-order mark
+    is converted to UTF-8. The bytes are counted and hashed after this.
     """
 
     def __init__(self, path: Path, digest: Any, *, is_text: bool = True) -> None:
-        """Open the file. Raises ConfigError if this fails, or if `is_text` is True and the first bytes are not text."""
+        """Open the file. Raises ConfigError if this fails.
+
+        If `is_text` is True, raises UnreadableRow (a ConfigError) if the first bytes show that the file is not text.
+        """
         self.path = path
         self.digest = digest
         self.total = 0
         self.is_gzip = path.suffix.lower() == '.gz'
-        self.limit = max(_GZIP_FREE_BYTES, _GZIP_RATIO * path.stat().st_size)
         # The encoding of the file if it is converted to UTF-8, else ''.
         self.converted = ''
         try:
+            self.limit = max(_GZIP_FREE_BYTES, _GZIP_RATIO * path.stat().st_size)
             self.stream: Any = gzip.open(path) if self.is_gzip else path.open('rb')  # noqa: SIM115 (_take closes it)
         except OSError as error:
             raise ConfigError(f'{path}: the data file cannot be read: {error.strerror}. {CHECK_PATH}') from None
@@ -117,8 +126,8 @@ class FileBytes:
     def _recognise(self, head: bytes) -> None:
         """Convert the stream to UTF-8 if its first bytes, `head`, are a byte-order mark of UTF-16 or UTF-32.
 
-        Raises UnreadableRow if the file is not text. Raises it also if `head` has NUL bytes but no byte-order mark,
-        because the encoding is then not certain.
+        Raises UnreadableRow if `head` is the start of a gzip, parquet or zip file. Raises UnreadableRow also if `head`
+        has NUL bytes but no byte-order mark, because the encoding is then not certain.
         """
         self.converted = next((encoding for mark, encoding in _WIDE if head.startswith(mark)), '')
         if self.converted:
@@ -135,7 +144,7 @@ class FileBytes:
             self.stream.close()
             even, odd = head[::2].count(0), head[1::2].count(0)
             encoding = 'UTF-16LE' if odd > even else 'UTF-16BE'
-            refuse(f'{self.path}:1', f'the text has NUL bytes, so it is not UTF-8. {_convert(encoding, name)}')
+            refuse(f'{self.path}:1', f'the text has NUL bytes, so it is probably not UTF-8. {_convert(encoding, name)}')
 
     def _guarded(self, read: Callable[[int], bytes], size: int) -> bytes:
         try:
@@ -165,7 +174,11 @@ class FileBytes:
         return self._take(self.stream.read, BLOCK_BYTES)
 
     def lines(self, bad: OnBad) -> Iterator[tuple[int, str]]:
-        """Yield (number, line) for each line. If a line is not UTF-8, calls `bad` and yields an empty line."""
+        """Yield (number, line) for each line, with its line break. Numbers are counted from 1.
+
+        If a line is not UTF-8, `bad` is called, and a line break alone is yielded. Raises UnreadableRow if a line
+        exceeds the limit for a row.
+        """
         number = 0
         while line := self._take(self.stream.readline, MAX_ROW_BYTES + 1):
             number += 1
@@ -183,9 +196,14 @@ class FileBytes:
             yield number, text
 
     def not_utf8(self, error: UnicodeDecodeError) -> str:
-        """Return a message about text that is not UTF-8. The message names the likely encoding and a remedy."""
+        """Return a message about text that is not UTF-8, with a remedy. The message names the likely encoding.
+
+        If the file was converted from UTF-16 or UTF-32, the message says that a character is incomplete or invalid.
+        """
         if self.converted:
-            return f'an incomplete character: the file is marked as {self.converted.upper()}. {DOWNLOAD_AGAIN}'
+            return (
+                f'an incomplete or invalid character: the file is marked as {self.converted.upper()}. {DOWNLOAD_AGAIN}'
+            )
 
         problem = f'byte 0x{error.object[error.start]:02x} is not UTF-8.'
         return f'{problem} {_convert(guess_encoding(error.object[error.start :]), self.path.name)}'

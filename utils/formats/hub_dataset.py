@@ -35,13 +35,14 @@ class HubDataset:
     moved: tuple[str, ...] = ()
     # The id of the same data on Hugging Face.
     hf_id: str | None = None
-    # The columns that each file must have.
+    # The columns that the first row of each file must have.
     columns: tuple[str, ...]
     to_row: ToRow
     # The reason why to_row drops or skips rows. It is shown in the report.
     drops: str
     subsets: tuple[str, ...] = ('default',)
-    # Words that occur only in the file names of subsets that are not read.
+    # Words that occur only in the file names of subsets that are not read. They are used only if the repository has no
+    # list of splits.
     not_named: tuple[str, ...] = ()
     train: tuple[str, ...] = ('train',)
     val: tuple[str, ...] = ()
@@ -49,7 +50,7 @@ class HubDataset:
     concatenated: bool = False
     # The column with the image. In this column, the converter receives the path of an image file.
     image: str | None = None
-    # The number of training rows to draw. The same rows are drawn every time.
+    # The number of training rows to draw, or all if there are fewer. The same rows are drawn every time.
     take: int | None = None
 
     def repos(self, hub_name: HubName) -> list[Repo]:
@@ -61,11 +62,17 @@ class HubDataset:
         return hub.repos_of(hub_name, ids)
 
     def names(self, snapshot: hub.Snapshot) -> list[str]:
-        """Return the names of the needed files. The files themselves are not downloaded."""
+        """Return the names of the needed files. Only the list of splits of the repository is downloaded.
+
+        Raises ConfigError if the files of a split are not found.
+        """
         return [name for names in choose_files(snapshot, self).values() for name in names]
 
     def load(self, hub_name: HubName) -> tuple[RowStream, RowStream | None, hub.Snapshot]:
-        """Return (training rows, validation rows or None, repository). Downloads only the needed files."""
+        """Download the needed files, and return (training rows, validation rows or None, repository).
+
+        The rows are read later. Raises ConfigError if the repository or a file is not found or cannot be downloaded.
+        """
         snapshot = hub.find(self.repos(hub_name), 'dataset')
         chosen = choose_files(snapshot, self)
         folder = snapshot.fetch([name for names in chosen.values() for name in names])
@@ -79,14 +86,17 @@ class HubDataset:
         return train, validation, snapshot
 
     def __call__(self) -> tuple[RowStream, RowStream | None]:
-        """Return (training rows, validation rows or None) from the default hub."""
+        """Download the files, and return (training rows, validation rows or None). ModelScope is tried first."""
         train, val, _ = self.load('modelscope')
         return train, val
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowStream:
-    """The rows of some files. Each iteration reads the files again, so memory use is constant."""
+    """The converted rows of some files. Dropped and skipped rows are left out.
+
+    Each iteration reads the files again, so the rows are not kept in memory.
+    """
 
     entry: HubDataset
     files: tuple[Path, ...]
@@ -96,9 +106,11 @@ class RowStream:
         return (row for _, row in self.with_locations() if not isinstance(row, BadRow))
 
     def with_locations(self) -> Iterator[tuple[str, PlainRow | BadRow]]:
-        """Yield (location, row) for each row. For a dropped or skipped row, the second item is a BadRow.
+        """Yield (location, row) for each row, in the order of the files. A dropped or skipped row is a BadRow.
 
-        If `take` is set, only `take` random rows are yielded, together with all dropped and skipped rows.
+        If `take` is set, `take` of the other rows are drawn at random, the same rows every time. Rows that are not
+        drawn are not yielded. All dropped and skipped rows are yielded. Raises ConfigError if a file cannot be read, or
+        if its first row lacks a column.
         """
         if self.take is None:
             yield from self._all()
@@ -140,12 +152,11 @@ class RowStream:
         if absent:
             raise ConfigError(
                 f'{location}: missing columns: {", ".join(absent)}. The file has {", ".join(row)}, but the entry '
-                f'in DATASET_MAPPING expects {", ".join(self.entry.columns)}. The data set changed on the hub. Adapt '
-                'the entry in utils/dataset.py.'
+                f'in DATASET_MAPPING expects {", ".join(self.entry.columns)}. Adapt the entry in utils/dataset.py.'
             )
 
     def _convert(self, row: SourceRow) -> PlainRow | BadRow:
-        """Return the converted row, or a BadRow with the reason if the row is dropped or skipped."""
+        """Return the converted row. For a dropped row, returns a BadRow, and for a skipped row, a Filtered."""
         try:
             return self.entry.to_row(row) or BadRow(self.entry.drops)
         except Unwanted:
@@ -159,7 +170,11 @@ _MAX_EXPANSION = 50
 
 
 def _unpack_images(archive: Path) -> Path:
-    """Return the folder with the images of an archive. The archive is unpacked once per machine."""
+    """Return a folder in the cache with the images of an archive. If the folder does not exist, unpacks the archive.
+
+    An archive that was changed gets a new folder. Raises ConfigError if the archive cannot be unpacked, or if it
+    expands to more than _MAX_EXPANSION times its size.
+    """
     import zipfile
 
     about = archive.stat()
@@ -185,8 +200,8 @@ def _unpack_images(archive: Path) -> Path:
                 unpacked.rename(target)
     except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # RuntimeError: a password is needed
         raise ConfigError(
-            f'{archive}: the zip file is damaged or encrypted: {error}. Remove it and run the same command again to '
-            'download it.'
+            f'{archive}: the zip file is damaged or encrypted: {error}. If it is damaged, remove it and run the same '
+            f'command again to download it. If it is encrypted, unpack its images into {target}.'
         ) from None
     return target
 
@@ -194,8 +209,9 @@ def _unpack_images(archive: Path) -> Path:
 def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
     """Return a copy of the row in which `column` has the path of an image file, or None if the row has no image.
 
-    If the row has the bytes of the image, they are written to a file in the cache. If the row has a path, the path is
-    relative to the folder `base`. Raises BadRow if the path is absolute or leads out of `base`.
+    If the row has the bytes of the image, the bytes are written to a file in the cache. If the row has a path, the path
+    starts in the folder `base`. Raises BadRow if this path is absolute or a URL, leads out of `base`, or contains an
+    image tag. The ending :FILE of column names is removed.
     """
     found = {name.removesuffix(':FILE'): value for name, value in row.items()}
     image = found.get(column)
@@ -213,4 +229,5 @@ def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
     try:
         return {**found, column: place_image(str(image), str(base))}
     except BadImage as error:
-        raise BadRow(f'an image {error.reason}', column) from None
+        problem = error.reason.partition('. ')[0]  # its remedies are for data files of the user
+        raise BadRow(f'an image {problem}', column) from None

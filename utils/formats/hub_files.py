@@ -32,7 +32,10 @@ _MANY = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The files of a repository that a run reads. `about` is a text that names the used and the unused splits."""
+    """The names of the files of a repository that a run reads. `train` and `val` are those of the two splits.
+
+    `about` is a text for the log. It names the used and the unused splits, or the single file that was typed.
+    """
 
     train: Sequence[str]
     val: Sequence[str]
@@ -53,7 +56,7 @@ class Fetched:
 class HubFiles:
     """A data set on a hub, named as [hf:|ms:]owner/name[:subset][:split][@revision].
 
-    `word` is the whole name, as typed after --dataset. `chosen_hub` is None if the name has no prefix hf: or ms:.
+    `word` is the whole name, as the user typed it. `chosen_hub` is None if the name has no prefix hf: or ms:.
     `part` is the first word after owner/name. It can be the name of a subset, of a file, or of a split of the default
     subset.
     """
@@ -70,29 +73,39 @@ class HubFiles:
         return [Repo(hub=self.chosen_hub or hub_name, id=self.id, revision=self.revision)]
 
     def key(self, hub_name: HubName) -> tuple[str, ...]:
-        """Return a key that is equal for two names of the same subset and split on the same hub.
+        """Return a key of the hub, the id, the revision, and the typed part and split.
 
-        `hub_name` is the value of --hub. It is used if the name has no prefix hf: or ms:. For example, with --hub
-        modelscope, ms:owner/name and owner/name have the same key.
+        `hub_name` is the value of --hub. `hub_name` is used if the name has no prefix hf: or ms:. For example, with
+        --hub modelscope, ms:owner/name and owner/name have the same key. But owner/name and owner/name:train have
+        different keys, even if both mean the same split.
         """
         return (str(self.repos(hub_name)[0]), self.part or '', self.split or '')
 
     def load(self, hub_name: HubName, *, remedy: str = '') -> Fetched:
-        """Download the files and return them. `remedy` is appended to the message if no repository is found."""
+        """Download the files and return them.
+
+        Raises ConfigError if the repository is not found, if its splits cannot be chosen, or if the download fails.
+        `remedy` is appended to the message if the repository is not found.
+        """
         snapshot = find(self.repos(hub_name), 'dataset', remedy=remedy)
         chosen = self.choose(snapshot)
         folder = snapshot.fetch([*chosen.train, *chosen.val])
         return Fetched(folder=folder, chosen=chosen, served=str(snapshot.repo), commit=snapshot.commit)
 
     def names(self, snapshot: Snapshot) -> list[str]:
-        """Return the names of the files that a run reads. The files themselves are not downloaded."""
+        """Return the names of the files that a run reads. The rows are not downloaded.
+
+        Raises ConfigError if the files cannot be chosen (see `choose`).
+        """
         chosen = self.choose(snapshot)
         return [*chosen.train, *chosen.val]
 
     def choose(self, snapshot: Snapshot) -> Chosen:
-        """Choose the files of the training split and of the validation split. The files themselves are not downloaded.
+        """Choose the files of the training split and of the validation split. The rows are not downloaded.
 
-        Raises ConfigError if the splits cannot be chosen. The message names the subsets or splits that exist.
+        If the user typed the name of a file, only this file is chosen. If the user typed a split, it is the training
+        split, and there is no validation split. Raises ConfigError if the subset or the training split cannot be
+        chosen, or if its files have no format that is read.
         """
         if self.part in snapshot.files:
             self._check_suffixes([str(self.part)])
@@ -119,7 +132,8 @@ class HubFiles:
         """Return {subset: {split: file names}} and the name of the default subset.
 
         If the repository states its subsets and splits, for example in README.md, they are returned. Otherwise they are
-        found from the names of files and folders.
+        found from the names of files and folders. A subset with the name of the default subset need not exist. Raises
+        ConfigError if the repository has no data file.
         """
         card = read_card_list(snapshot)
         subsets = {subset: splits for subset, splits in card.subsets.items() if any(splits.values())}
@@ -137,7 +151,7 @@ class HubFiles:
         supported = ', '.join(SUFFIXES[:5])
         scripts = sorted(name for name in snapshot.files if name.endswith('.py') and '/' not in name)
         if not scripts:
-            shown = ', '.join(sorted(snapshot.files)[:_MANY]) or 'no file'
+            shown = _listed(sorted(snapshot.files)) or 'no file'
             return (
                 f"--dataset '{self.word}': {snapshot.repo} holds no file that is read ({supported}). Found: {shown}. "
                 'Convert its rows to one of these formats and give the file.'
@@ -181,7 +195,8 @@ class HubFiles:
         """Return (training split, validation split). The second name is None if there is no validation split.
 
         `named` is the split that the user typed, or None. A typed split becomes the training split. Then no validation
-        split is chosen.
+        split is chosen. Raises ConfigError if the typed split has no files, or if no split is typed and the names do
+        not show which split is for training.
         """
         filled = [name for name, files in splits.items() if files]
         if named in filled:
@@ -211,7 +226,7 @@ class HubFiles:
         if other := [name for name in names if not name.lower().endswith(SUFFIXES)]:
             raise ConfigError(
                 f"--dataset '{self.word}': {other[0]} cannot be read: the name of a data file must end in one of "
-                f'{", ".join(SUFFIXES[:5])}. Name a subset with such files, or convert the file and type '
+                f'{", ".join(SUFFIXES)}. Name a subset with such files, or convert the file and type '
                 '--dataset PATH with the path of the converted file.'
             )
 

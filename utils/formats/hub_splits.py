@@ -1,7 +1,7 @@
 """Chooses the files of each split in the repository of a data set.
 
-Many repositories have a list of splits, which names the files of each split. On Hugging Face, the list is the entry
-`configs` in README.md. On ModelScope, the list is the file <name>.json. If a repository has no list of splits, the
+Many repositories have a list of splits, which names the files of each split. The list is the file <name>.json (usual on
+ModelScope) or the entry `configs` in README.md (usual on Hugging Face). If a repository has no list of splits, the
 splits are found from the names of files and folders.
 """
 
@@ -45,7 +45,7 @@ FileList = dict[str, dict[str, list[str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class CardList:
-    """The list of splits of a repository, as read from README.md (Hugging Face) or <name>.json (ModelScope).
+    """The list of splits of a repository, as read from <name>.json or README.md.
 
     `subsets` is {subset: {split: file names}}. `default` is the default subset, or '' if the list names none.
     """
@@ -62,7 +62,7 @@ def _holds(name: str, word: str) -> bool:
     """Return whether a path contains a word, with no letter or digit directly before or after it.
 
     For example, 'data/common_en_70k.jsonl' contains the words 'common' and 'common-en'. The characters - and _ match
-    each other, and so do all others that are neither letters nor digits.
+    each other, and so do all others that are neither English letters nor digits. Case is ignored.
     """
     return f'-{_plain(word)}-' in f'-{_plain(name)}-'
 
@@ -73,10 +73,10 @@ def _plain(text: str) -> str:
 
 
 def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[str]]:
-    """Return a dict from each split of `entry` to the names of its files in the repository.
+    """Return a dict from each split of `entry` to the names of its files in the repository, of all subsets of `entry`.
 
-    If the repository has a list of splits (`configs` in README.md, or <name>.json), this list names the files.
-    Otherwise, they are chosen by their names. Raises ConfigError if a subset or split of `entry` is not found.
+    If the repository has a list of splits (see `read_card_list`), this list names the files. Otherwise, the files are
+    chosen by their names. Raises ConfigError if a subset, a split or one of its files is not found.
     """
     listed = read_card_list(snapshot).subsets
     chosen: dict[str, list[str]] = {}
@@ -86,17 +86,18 @@ def choose_files(snapshot: hub.Snapshot, entry: HubDataset) -> dict[str, list[st
             if not names or not snapshot.files.keys() >= set(names):
                 existing = [f'{s} ({", ".join(parts)})' for s, parts in listed.items()] or sorted(snapshot.files)[:20]
                 raise ConfigError(
-                    f"data set {snapshot.repo}: split '{split}' of subset '{subset}' no longer exists. Found: "
-                    f'{", ".join(existing)}. Adapt its entry in DATASET_MAPPING in utils/dataset.py.'
+                    f"data set {snapshot.repo}: split '{split}' of subset '{subset}' or one of its files is not found. "
+                    f'Found: {", ".join(existing)}. Adapt its entry in DATASET_MAPPING in utils/dataset.py.'
                 )
             chosen.setdefault(split, []).extend(names)
     return chosen
 
 
 def read_card_list(snapshot: hub.Snapshot) -> CardList:
-    """Return the list of splits of a repository, from README.md (Hugging Face) or <name>.json (ModelScope).
+    """Return the list of splits of a repository. If the repository has no list of splits, the result is empty.
 
-    If the repository has no list of splits, the result is empty.
+    The list is read from the file <name>.json, where <name> is the last part of the repository's id. If this file does
+    not exist or has no list of splits, the list is read from README.md. The file that is read is downloaded.
     """
     modelscope_name = f'{snapshot.repo.id.rsplit("/", 1)[-1]}.json'
     for name, reader in ((modelscope_name, _read_modelscope_list), ('README.md', _read_readme_list)):
@@ -145,7 +146,10 @@ def _read_readme_list(text: str, files: Sequence[str]) -> CardList:
 
 
 def _splits_of_config(config: Mapping[str, Any], files: Sequence[str]) -> dict[str, list[str]]:
-    """Return {split: files} for a subset. If the card lists no files for the subset, file names decide the splits."""
+    """Return {split: file names} for a subset. `config` is the entry of the subset in README.md.
+
+    If `config` has no `data_files`, the splits are found from the names of the files in its `data_dir`.
+    """
     folder = str(config.get('data_dir') or '').strip('./')
     inside = [name for name in files if not folder or name.startswith(f'{folder}/')]
     data = config.get('data_files')
@@ -170,9 +174,10 @@ def _pattern(glob: str) -> re.Pattern[str]:
 
 
 def data_files(files: Iterable[str]) -> list[str]:
-    """Return the names of the data files, sorted.
+    """Return the names of the data files among `files`, sorted. Text files are no data files.
 
-    If a file exists in several formats, for example as a.csv and a.parquet, only one of the names is returned.
+    Hidden files and files with facts about the data set, such as dataset_infos.json, are skipped. If a file exists in
+    several formats, for example as a.csv and a.parquet, only one of the names is returned.
     """
     data = [name for name in files if name.lower().endswith(SUFFIXES) and name.rsplit('/', 1)[-1] not in _NO_DATA]
     visible = [name for name in data if not any(part.startswith(('.', '__')) for part in name.split('/'))]
@@ -180,7 +185,7 @@ def data_files(files: Iterable[str]) -> list[str]:
 
 
 def splits_by_name(files: Iterable[str]) -> dict[str, list[str]]:
-    """Return the data files of each split, found from the names of files and folders.
+    """Return {split: file names} of the data files among `files`, found from the names of files and folders.
 
     Files without a split in their names form the split `other`. If there is no split `train`, the split `other` is
     renamed to `train`.
@@ -194,7 +199,11 @@ def splits_by_name(files: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _split_of(name: str) -> str:
-    """Return the split that the name of a file or of its folder contains. Returns `other` if there is none."""
+    """Return the split that the name of a file or of one of its folders contains. Returns `other` if there is none.
+
+    The split is train, validation or test. But the name of a shard tells its split exactly: the split of
+    train_sft-00000-of-00003.parquet is train_sft.
+    """
     *folders, file = name.split('/')
     if shard := _SHARD.match(file):
         return shard[1]
@@ -228,7 +237,10 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _from_list(listed: Mapping[str, Mapping[str, list[str]]], subset: str, split: str) -> list[str]:
-    """Return the files of a split, from the list of splits. Returns [] if the list does not contain the split."""
+    """Return the files of a split, from the list of splits. Returns [] if the list does not contain the split.
+
+    The list may use another usual name for the split, such as dev for validation.
+    """
     splits = listed.get(subset)
     # An entry without subsets has the subset 'default'. The repository may use a different name for this subset.
     if not splits and subset == 'default' and len(listed) == 1:
@@ -241,7 +253,8 @@ def _from_list(listed: Mapping[str, Mapping[str, list[str]]], subset: str, split
 def _from_names(files: Iterable[str], entry: HubDataset, subset: str, split: str) -> list[str]:
     """Return the data files whose names match a subset and a split, sorted.
 
-    If a file exists in several formats (for example parquet and csv), only one of them is returned.
+    If no name contains the split `train`, the training files are those without any split in their names. If a file
+    exists in several formats (for example parquet and csv), only one of them is returned.
     """
     data = [name for name in files if name.lower().endswith(SUFFIXES) and name.rsplit('/', 1)[-1] not in _NO_DATA]
     data = [name for name in data if not _holds_any(name, entry.not_named)]

@@ -40,7 +40,7 @@ class BadImage(ConfigError):
 
 
 def bad_image(path: str, reason: str, more: str = '') -> BadImage:
-    """Return the error for one image. The message is `reason`, then `more` with the details of this image."""
+    """Return the error for one image. The message is the path, `reason`, and `more` with the details of this image."""
     error = BadImage(f'image {path!r} {reason}{more}')
     error.reason = reason
     error.path = path
@@ -59,8 +59,9 @@ def with_image_files(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the row with its images replaced by their paths, in the column `images`.
 
     The images are read from the column `images` or `image`, where a cell is an object {bytes, path} or a list of such
-    objects. Bytes are written to files in the cache. A row without such a cell is returned unchanged. Raises BadRow if
-    an image cannot be used.
+    objects. The column `image` is read only if `images` is empty. Bytes are written to files in the cache. A row
+    without such a cell is returned unchanged. Raises BadRow if an object has neither bytes nor a usable path. The image
+    files are not opened.
     """
     for column in ('images', 'image'):
         cells = row.get(column)
@@ -83,7 +84,7 @@ def _image_path(cell: Mapping[str, Any], column: str) -> str:
     """Return the path of the image in a cell. Image bytes in the cell are written to a file in the cache.
 
     Without bytes, the result is the `path` of the cell. Raises BadRow if this path is absolute, because the cell may
-    come from a hub.
+    come from a hub. Raises BadRow also if the path contains an image tag, or if the cell has neither bytes nor a path.
     """
     data = cell.get('bytes')
     path = str(cell.get('path') or '')
@@ -132,7 +133,7 @@ def replace_tags(text: str, mark: str) -> str:
 
 
 def map_tags(text: str, change: Callable[[str], str]) -> str:
-    """Return the text with `change` applied to the path in each image tag. Empty tags stay empty."""
+    """Return the text with `change` applied to the path in each image tag. For an empty tag, the path is ''."""
     return _TAG.sub(lambda tag: f'<img>{change(tag[1])}</img>', text)
 
 
@@ -163,8 +164,9 @@ def name_images(texts: Sequence[str], images: Iterable[str]) -> list[str]:
 def place_image(path: str, folder: str | None) -> str:
     """Return the path at which to open an image. `folder` is the folder of the data file, or None for a typed path.
 
-    A relative path starts in `folder` and must not leave it. A typed path starts in the current folder, and ~ is the
-    home folder. Raises BadImage if the path is a URL or leaves the folder.
+    In a data file, a relative path starts in `folder`, and an absolute path may name any file. A typed path starts in
+    the current folder, and ~ is the home folder. Raises BadImage if the path is a URL, or if a relative path in a data
+    file leaves `folder`. Whether the image exists is not checked.
     """
     if _ADDRESS.match(path):
         raise bad_image(path, 'is a URL, and images are not downloaded. Download it yourself and write its path.')
@@ -209,7 +211,10 @@ def _opened(path: str) -> Iterator[Any]:
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """Return (width, height) of an image file without decoding it. Raises BadImage if the file cannot be used."""
+    """Return (width, height) of an image file without decoding it. The EXIF orientation is ignored.
+
+    Raises BadImage if the file cannot be used.
+    """
     with _opened(path) as image:
         width, height = image.size
         return width, height
@@ -229,8 +234,8 @@ def open_upright(path: str) -> Any:
 def read_images(paths: Sequence[str], side: int) -> torch.Tensor:
     """Return the pixels of image files for the vision tower of Qwen-VL, as (images, 3, side, side) in fp32.
 
-    Each image is converted to RGB, resized to a square without keeping its proportions, and normalised. Raises BadImage
-    if a path is missing or not an image, or if an image has too many pixels.
+    Each image is converted to RGB, resized to a square without keeping its proportions, and normalised. The EXIF
+    orientation is ignored. Raises BadImage if a path is missing or not an image, or if an image has too many pixels.
     """
     import torch
 
@@ -253,9 +258,10 @@ def _read_image(path: str, side: int) -> torch.Tensor:
 
 
 def state_of_images(row: Row) -> bytes:
-    """Return the paths, sizes and modification times of the images of a row as bytes. Returns b'' without images.
+    """Return bytes that differ later if an image of the row was changed, replaced or removed.
 
-    If the bytes differ later, an image was changed.
+    Without images, b'' is returned. The bytes are the paths, sizes and modification times of the images. For a file in
+    the cache, only the name is used, because the name contains the hash of the content.
     """
     texts = [turn['content'] for turn in row.messages if turn['role'] == 'user']
     if not row.images and not any('</img>' in text for text in texts):

@@ -77,13 +77,16 @@ class JsonParser:
         return self._decoder.decode(text)
 
     def parse_start(self, text: str, position: int) -> tuple[Any, int]:
-        """Return the JSON value that starts at a position of a text, and the position at which it ends."""
+        """Return the JSON value that starts at a position of a text, and the position after its end.
+
+        Raises ValueError or RecursionError if the value cannot be parsed.
+        """
         return self._decoder.raw_decode(text, position)
 
     def row(self, value: Any) -> Any:
-        """Return a parsed row. If it has a key twice in one object, it is returned as a RowWithRepeatedKeys.
+        """Return the row `value`, which was parsed last. The list `self.repeated` is cleared for the next row.
 
-        The list of repeated keys is `self.repeated`. It is cleared, so that the next row begins with an empty list.
+        If `self.repeated` has keys and `value` is a dict, the row is returned as a RowWithRepeatedKeys.
         """
         if self.repeated and isinstance(value, dict):
             value = RowWithRepeatedKeys(value, self.repeated)
@@ -93,6 +96,7 @@ class JsonParser:
 
 # Every stand-in for a number begins with these digits, which no data can contain.
 _NONCE = f'{secrets.randbelow(9) + 1}.{secrets.randbelow(10**8):08d}'
+_STAND_IN = re.compile(rf'{re.escape(_NONCE)}\d{{5}}1e\+\d{{3}}')
 
 
 class Spelling:
@@ -123,7 +127,8 @@ class Spelling:
 
     def _stand_in(self, written: str) -> float:
         # 15 digits, the last of which is not 0: every float with so few digits is printed with exactly these digits.
-        number = float(f'{_NONCE}{len(self._written) % 100_000:05d}1e187')
+        rounds, count = divmod(len(self._written), 100_000)
+        number = float(f'{_NONCE}{count:05d}1e{187 + rounds}')
         self._written[repr(number)] = written
         return number
 
@@ -135,7 +140,7 @@ class Spelling:
         """
         if not self._written:
             return printed
-        return re.sub('|'.join(map(re.escape, self._written)), lambda match: self._written[match[0]], printed)
+        return re.sub(_STAND_IN, lambda match: self._written.get(match[0], match[0]), printed)
 
 
 def json_as_written(
@@ -147,7 +152,7 @@ def json_as_written(
 ) -> str:
     """Return a value as JSON text in which numbers have the spelling of the source.
 
-    The options are those of json.dumps.
+    Characters beyond ASCII are not escaped. The options are those of json.dumps, and so are the errors that are raised.
     """
     spelling = Spelling()
     text = json.dumps(

@@ -1,4 +1,7 @@
-"""Writes a row with the column `messages`. When the written row is read, it gives the same conversation."""
+"""Makes rows with the column `messages` (or `text`) from conversations, and writes a row as a line of JSON.
+
+When such a line is read, it gives the same conversation.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,12 @@ def messages_form(row: Row, folder: Path, *, marks_loss: bool, sees_images: bool
     """Return `row` as it is written to a new data file in `folder`, with its conversation in the column `messages`.
 
     If `row` is plain text, the new row has the column `text` instead of `messages`. Unused columns and keys of the
-    source row are copied. The paths of images are changed so that they are right in `folder`.
+    source row are copied, if JSON can represent them and the format of the row stays the same. The paths of images are
+    changed so that they are right in `folder`.
 
-    If `marks_loss` is True, a reply that carries no loss in `row` gets `"loss": false`. If `sees_images` is False, the
-    model uses no images, and an image column is not copied.
+    A reply keeps the key `loss` of its row. If `marks_loss` is True, each earlier reply that carries no loss by default
+    gets `"loss": false`. If `sees_images` is False, the model uses no images, and a column with {bytes, path} cells is
+    not copied.
     """
     made = MessagesForm(row={})
     made.not_copied += [name for name in row.unused if not name.startswith((_COLUMN, _KEY))]
@@ -86,9 +91,9 @@ def _message(message: Message, row: Row, folder: Path) -> dict[str, Any]:
 def _moved(path: str, source: str | None, target: Path) -> str:
     """Return the path of an image for a new data file in the folder `target`.
 
-    `path` is the path of the image in the original data file, which is in the folder `source`. If the image is inside
-    `target`, the result is a relative path, otherwise an absolute path. A path that cannot be used, such as a URL, is
-    returned unchanged.
+    `path` is the path of the image in the original data file, which is in the folder `source`. If `source` and `target`
+    are the same, `path` is returned unchanged. Otherwise, if the image is inside `target`, the result is a relative
+    path, else an absolute path. A path that cannot be used, such as a URL, is returned unchanged.
     """
     if not path or source == str(target):
         return path
@@ -135,8 +140,8 @@ def _written_turns(row: Row, messages: list[dict[str, Any]]) -> Iterator[tuple[M
 def _copy_columns(row: Row, made: MessagesForm) -> None:
     """Copy the unused columns of a row to `made.row`.
 
-    A column is not copied if `made.row` would then be read as another format, or if JSON cannot represent its value.
-    The name of this column is added to `made.not_copied`.
+    A column is not copied if `made.row` would then be read as another format, if `made.row` already has a column of
+    this name, or if JSON cannot represent its value. The name of such a column is added to `made.not_copied`.
     """
     for name in _names(row.unused, _COLUMN):
         value = row.written[name]
@@ -152,7 +157,7 @@ def _names(unused: tuple[str, ...], start: str) -> list[str]:
 
 
 def _text_of(value: Any) -> str:
-    """Return the text of a value that JSON cannot represent, such as a date. Raises TypeError for bytes."""
+    """Return a value that JSON cannot represent, such as a date, as text. Raises TypeError for bytes."""
     if isinstance(value, bytes | bytearray):
         raise TypeError('bytes are not text')
     return str(value)
@@ -167,6 +172,9 @@ def _is_json(value: Any) -> bool:
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
-    """Return a row as one line of JSON in UTF-8. Numbers have the spelling of the source."""
+    """Return a row as one line of JSON in UTF-8. Numbers have the spelling of the source. A date becomes text.
+
+    Raises TypeError if the row contains bytes, and ValueError if it contains NaN or Infinity.
+    """
     # Half of a character (a lone surrogate) is written as an escape, which JSON allows.
     return json_as_written(row, default=_text_of, allow_nan=False).encode('utf-8', 'backslashreplace') + b'\n'

@@ -21,7 +21,7 @@ class Reading:
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
-    # The rows of a text file.
+    # The rows of a text file: the whole document, or its paragraphs.
     text_rows: TextRows = 'document'
     # True: a column of `columns` that no row has is an error. False: it is ignored, as for the names of an earlier run.
     complete: bool = True
@@ -53,7 +53,8 @@ class Reading:
     def missing(self, seen: Collection[str], where: str) -> list[str]:
         """Return a message for each column of --columns that the data does not have.
 
-        `seen` are the columns of the data, and `where` is the name of the data.
+        If `complete` is False, the list is empty. `seen` are the columns of the data, and `where` is the name of the
+        data.
         """
         return [
             f"--columns '{name}={new}': {where} has no column {name}{did_you_mean(name, seen)} Its columns are "
@@ -66,7 +67,8 @@ class Reading:
 def read_columns(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Return ({name in the file: new name}, problems) for the words of --columns.
 
-    A word NAME=COLUMN renames the column NAME of the file to COLUMN. If COLUMN is empty, the column is dropped. A wrong
+    A word NAME=COLUMN renames the column NAME of the file to COLUMN. If COLUMN is empty, the column is dropped. A word
+    is wrong if it has no NAME, if no format reads a column COLUMN, or if NAME or COLUMN is in an earlier word. A wrong
     word adds nothing to the dict, and `problems` has a message about it.
     """
     columns: dict[str, str] = {}

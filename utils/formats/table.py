@@ -57,8 +57,9 @@ def _widths(head: Sequence[str], separator: str) -> list[int]:
 def _find_separator(location: str, head: Sequence[str], usual: str) -> str:
     """Return the separator of a table, from its header and its first rows.
 
-    Returns `usual` if no separator splits the header into several cells. Raises UnreadableRow if several separators are
-    possible, or if the header and the rows have different separators.
+    Returns `usual` if no separator splits the header into several cells. If several separators split the header, the
+    one that gives all rows the same number of cells is returned. Raises UnreadableRow if none or several of them
+    do so, or if the rows fit the header only with another separator.
     """
     widths = {separator: _widths(head, separator) for separator in _SEPARATORS}
     possible = [separator for separator, found in widths.items() if found[:1] > [1]]
@@ -125,14 +126,23 @@ def read_table(source: FileBytes, bad: OnBad, remark: Remark, *, usual: str) -> 
     """Yield (location, row) for each row of a table. `usual` is a comma for a CSV file, and a tab for a TSV file.
 
     The cells are separated by `usual`, unless the first line of the file states a different separator (sep=;), or the
-    header and the first rows show one. Then `remark` is called with a sentence about it.
+    header and the first rows show one. Then `remark` is called with a sentence about the separator.
 
-    Lines with only separators after the last row are skipped. Then `remark` is called with a sentence that gives their
-    number.
+    Blank lines are skipped. A line with only separators is a row with empty cells. But such lines after the last row
+    are skipped, and `remark` is called with a sentence that gives their number.
+
+    If a row has a wrong number of cells or is not UTF-8, `bad` is called, and the row is not yielded. Raises
+    UnreadableRow if the header cannot be used, if the separator is not clear, or if the quotes in a row are broken.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     path = source.path
-    lines = source.lines(bad)
+    unreadable: set[int] = set()
+
+    def bad_line(location: str, problem: str) -> None:
+        unreadable.add(int(location.rpartition(':')[2]))
+        bad(location, problem)
+
+    lines = source.lines(bad_line)
     head = _first_lines(lines)
     stated = _STATED.fullmatch(head[0]) if head else None
     skipped = 1 if stated else 0
@@ -151,7 +161,10 @@ def read_table(source: FileBytes, bad: OnBad, remark: Remark, *, usual: str) -> 
     line = skipped + 1
     try:
         for cells in reader:
-            if not any(cell.strip() for cell in cells) and len(cells) != 1:
+            if not unreadable.isdisjoint(range(line, skipped + reader.line_num + 1)):
+                if not names:
+                    refuse(f'{path}:{line}', 'the header is not UTF-8, so the columns have no names. Convert the file.')
+            elif not any(cell.strip() for cell in cells) and len(cells) != 1:
                 if cells:
                     empty.append(line)
             elif not names:
