@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.support.runs import run_program, small_flags, write_jsonl
+from tests.support.runs import ROOT, run_program, small_flags, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.cli.arguments import SftArguments
 from utils.dataset import DATASET_MAPPING
@@ -50,6 +51,23 @@ def test_packages_that_the_run_does_not_use_are_not_imported(
     assert {'torch', 'peft', 'transformers'} <= imported
     assert imported & OPTIONAL == used
     assert not [line for line in others if 'warn' in line.lower() or 'kernels' in line]
+
+
+@pytest.mark.optional
+@pytest.mark.slow
+@pytest.mark.parametrize('flag', ['--check_dataset', '--dry_run'])
+def test_a_check_of_a_gguf_model_imports_no_package_that_it_does_not_use(
+    words: list[str], flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = tmp_path / 'tiny.gguf'
+    folder = words[words.index('--model_id_or_path') + 1]
+    command = [sys.executable, ROOT / 'tests/support/convert_hf_to_gguf.py', folder, '--outfile', gguf]
+    subprocess.run([*command, '--outtype', 'f32'], check=True, capture_output=True)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))  # the file is converted now
+    imported, others = run(*words, '--model_id_or_path', str(gguf), flag, 'true')
+    assert {'torch', 'transformers'} <= imported
+    assert not imported & OPTIONAL
+    assert not [line for line in others if 'warn' in line.lower() or 'Failed' in line]
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ from utils.loading.weights import locate
 from utils.model import load_tokenizer
 from utils.run.new_tokens import find_new_tokens
 from utils.run.open_model import open_encoder
+from utils.run.processes import leave_out_unused
 from utils.run.rows import plan_of
 
 DUPLICATE = 'duplicate row'
@@ -396,6 +397,7 @@ def check_dataset(done: Ready[SftArguments]) -> int:
     """
     args = done.args
     weights = locate(done.info, revision=args.model_revision, hub_name=args.hub, skip=_WEIGHTS)
+    leave_out_unused(args, done.info, weights.path)
     folder = dense_directory(weights.path) if weights.path.is_file() else weights.path
     config = read_config(folder) if (folder / 'config.json').is_file() else {}
     tokenizer = load_tokenizer(folder, model_type=args.model_type)

@@ -23,7 +23,7 @@ from utils.loading.devices import cpu_has_bf16
 from utils.loading.gguf import dense_directory, find_packaged_file, is_gguf
 from utils.loading.layers import named_by, what_all_adds
 from utils.loading.weights import find_on_hub
-from utils.run.processes import start_processes
+from utils.run.processes import leave_out_unused, start_processes
 
 _ITEMS = ('weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits', 'peak')
 
@@ -113,19 +113,25 @@ def _sizes(names: Sequence[str], files: dict[str, Listed]) -> str:
     return f'{len(names)} files, {total / GIB:.2f} GiB: {", ".join(names[:6])}{more}'
 
 
+def _read_gguf(done: Ready[SftArguments], gguf: Path) -> Path:
+    """Return the folder with the weights of a GGUF file."""
+    leave_out_unused(done.args, done.info, gguf)
+    return dense_directory(gguf)
+
+
 def _find_model(done: Ready[SftArguments]) -> Found:
     args = done.args
     info = done.info
     if info.embedded and (packaged := find_packaged_file(*info.embedded)):
-        return Found(model_dir=dense_directory(packaged), where=f'{run_name(args)}: in the package {info.embedded[0]}')
+        where = f'{run_name(args)}: in the package {info.embedded[0]}'
+        return Found(model_dir=_read_gguf(done, packaged), where=where)
 
     if Path(info.model_id_or_path).is_dir():
         return Found(model_dir=Path(info.model_id_or_path), where=f'{info.model_id_or_path}: a local directory')
 
     if is_gguf(Path(info.model_id_or_path)):
-        return Found(
-            model_dir=dense_directory(Path(info.model_id_or_path)), where=f'{info.model_id_or_path}: a GGUF file'
-        )
+        gguf = Path(info.model_id_or_path)
+        return Found(model_dir=_read_gguf(done, gguf), where=f'{gguf}: a GGUF file')
 
     try:
         snapshot, names = find_on_hub(info, revision=args.model_revision, hub_name=args.hub)
