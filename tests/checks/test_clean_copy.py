@@ -237,7 +237,8 @@ def test_left_out_and_repeated_rows_are_not_written_and_suspicious_rows_are(
     flags = ['--write_clean', str(copy), '--max_length', '100', '--dataset_test_ratio', '0']
     code, report = check(folder, file, tmp_path / 'out', *flags)
     assert code == 1
-    not_json = 'this line is not JSON (Expecting value at column 1). A .jsonl file holds one object per line.'
+    not_json = next(reason for reason in report['clean_copy']['not_written'] if 'the file ends before' in reason)
+    assert not_json.startswith('this line is not JSON (Expecting value at column 11): ')
     assert report['clean_copy']['not_written'] == {'duplicate row': 2, not_json: 1, 'empty response': 1}
     said = f'wrote 5 of 9 rows to {copy}; not written: 2 duplicate row, 1 {not_json}, 1 empty response\n'
     assert said in capsys.readouterr().out

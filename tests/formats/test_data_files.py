@@ -18,6 +18,7 @@ from utils.data.plan import plan_rows
 from utils.data.sources import check_sources, parse_source
 from utils.formats import file_bytes
 from utils.formats.data_file import read_rows
+from utils.formats.file_bytes import UnreadableRow
 
 ROWS = [{'query': f'q{i} 你好', 'response': f'r{i}\n"x"'} for i in range(50)]
 
@@ -107,6 +108,13 @@ BROKEN = {
     'packed.json': (gzip.compress(b'[{"query": "a"}]' * 9), 'is compressed with gzip: rename it to packed.json.gz.'),
     'pretty.jsonl': (b'[\n{"query": "a"}\n]\n', 'pretty.jsonl:1: the JSON value spans several lines'),
     'object.jsonl': (b'{\n"query": "a"\n}\n', 'object.jsonl:1: the JSON value spans several lines'),
+    'wide.jsonl': (b'{"query": "a",\n "response": "b"}\n', 'wide.jsonl:1: the JSON value spans several lines'),
+    'nested.jsonl': (b'{"messages": [\n{"role": "user"}]}\n', 'nested.jsonl:1: the JSON value spans several lines'),
+    'cut_first.jsonl': (b'{"query": "a",\n{"query": "b"}\n', 'cut_first.jsonl:1: this line is not JSON (Expecting'),
+    'half_last.jsonl': (b'{"query": "a"}\n{"query": "b", "resp\r\n\n', 'half_last.jsonl:2: this line is not JSON ('
+                        'Unterminated string starting at at column 16): the file ends before the row does, so it was '
+                        'not written or copied completely. Remove this line, or write the other rows to a new file '
+                        'with --check_dataset true --write_clean NEW.jsonl.'),
     'array.jsonl': (b'[{"query": "a"}]\n', 'got list. Rename the file to .json if it holds an array of rows.'),
     'cut.jsonl.gz': (gzip.compress(b'{"query": "a"}\n' * 9)[:-9], 'the gzip file is broken after'),
     'none.jsonl.gz': (b'{"query": "a"}\n', 'the gzip file is broken after 0 bytes'),
@@ -125,6 +133,32 @@ def test_broken_files_are_named_with_the_line(name: str, tmp_path: Path) -> None
     with pytest.raises(ConfigError) as caught:
         list(read_rows(tmp_path / name))
     assert BROKEN[name][1] in str(caught.value)
+
+
+def test_a_json_file_may_hold_objects_of_several_lines_one_after_the_other(tmp_path: Path) -> None:
+    file = tmp_path / 'pretty.json'
+    rows = [{'query': f'q{i}', 'response': ['r', {'n': i}]} for i in range(3)]
+    file.write_text('\n'.join(json.dumps(row, indent=2) for row in rows), encoding='utf-8')
+    assert list(read_rows(file)) == [(f'{file}:{line}', row) for line, row in zip((1, 10, 19), rows, strict=True)]
+
+
+@pytest.mark.parametrize('name', ['a.csv', 'semicolons.csv', 'header.csv', 'a.jsonl', 'a.txt'])
+def test_rows_in_another_encoding_are_reported_and_not_called_absent(name: str, tmp_path: Path) -> None:
+    mark = ';' if name == 'semicolons.csv' else ','
+    header = 'query,fran\xe7ais' if name == 'header.csv' else f'query{mark}response'
+    lines = [header, *(f'f\xfcr {i}{mark}sch\xf6n' for i in range(3))]
+    if name == 'a.jsonl':
+        lines = [json.dumps({'query': f'f\xfcr {i}'}, ensure_ascii=False) for i in range(3)]
+    (tmp_path / name).write_bytes('\r\n'.join(lines).encode('cp1252'))
+    found: list[tuple[str, str]] = []
+    try:
+        rows = list(read_rows(tmp_path / name, bad=lambda *problem: found.append(problem)))
+    except UnreadableRow as error:
+        rows = []
+        found.append((error.location, error.problem))
+    assert rows == [] and len(found) == (3 if name == 'a.jsonl' else 1)
+    assert found[0][0] == f'{tmp_path / name}:{1 if name in ("header.csv", "a.jsonl") else 2}'
+    assert all('is not UTF-8. It looks like WINDOWS-1252.' in problem for _, problem in found)
 
 
 def test_a_parquet_file_with_a_corrupt_page_is_named_with_the_row(tmp_path: Path) -> None:

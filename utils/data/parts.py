@@ -387,8 +387,9 @@ def _reader(
                 rows = read_rows(file, bad=bad, known=known, digest=digest, text_rows=reading.text_rows, remark=remark)
                 folder = str(file.absolute().parent)
                 yield from _converted(rows, str(file), folder=folder, reading=reading, seen=columns, remark=remark)
-            except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
-                bad(error.location, error.problem)
+            except UnreadableRow as error:
+                rest = '' if bad is refuse else ' The rest of the file is not read.'
+                bad(error.location, error.problem + rest)
 
     return read
 
@@ -446,12 +447,14 @@ def _shown(name: str, is_val: bool) -> str:
 def check_columns(parts: Iterable[Part], reading: Reading) -> None:
     """Raise ConfigError if --columns names a column that no row of a file has, among the rows read so far.
 
-    Does nothing if all data sets are registered, or if `reading.complete` is False.
+    Does nothing if all data sets are registered, if no row of a file was read, or if `reading.complete` is False.
     """
     from_files = [part for part in parts if part.files]
     if not from_files:
         return
     seen = dict.fromkeys(itertools.chain.from_iterable(part.columns for part in from_files))
+    if not seen:
+        return  # no row could be read, and each problem is reported
     if missing := reading.missing(seen, ', '.join(part.name for part in from_files)):
         raise ConfigError(*missing)
 

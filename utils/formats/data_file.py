@@ -70,8 +70,8 @@ def read_rows(
     `known` is the signature of the file at an earlier reading. `digest` is a hash object; it is updated with all bytes
     that are read. `remark` is called with each remark on how the file is read.
 
-    Raises ConfigError if the file cannot be read, has no rows, differs from the file at the earlier reading, or changes
-    while it is read.
+    Raises ConfigError if the file cannot be read, has no rows (rows given to `bad` count), differs from the file at the
+    earlier reading, or changes while it is read.
     """
     before = known or signature(path)
     kind = path.name.lower().removesuffix('.gz').rpartition('.')[2]
@@ -88,9 +88,15 @@ def read_rows(
     }
     reader = _TEXT_READERS[text_rows] if is_text else readers[kind]
     count = 0
+
+    def counted(location: str, problem: str) -> None:
+        nonlocal count
+        count += 1
+        bad(location, problem)
+
     try:
         source = FileBytes(path, digest or hashlib.sha256(), is_text=kind != 'parquet')
-        for location, row in reader(source, bad, remark):
+        for location, row in reader(source, counted, remark):
             count += 1
             if isinstance(row, dict):
                 yield location, row
@@ -111,6 +117,18 @@ def _check_unchanged(path: Path, before: Signature) -> None:
         raise ConfigError(
             f'{path}: the data file changed while being read. Wait until it is complete, or use a copy of it.'
         )
+
+
+def _spans_lines(line: str, error: Exception, following: str) -> bool:
+    """Return whether `line` is the beginning of a JSON value that goes on in the text `following`.
+
+    `error` is the error of parsing `line`. A line that is cut off is not such a beginning: another row follows it.
+    """
+    if not isinstance(error, json.JSONDecodeError) or error.msg.startswith('Unterminated'):
+        return False
+    start = line.rstrip()
+    is_row = following.lstrip().startswith('{') and not start.endswith('[')
+    return error.pos >= len(start) and bool(following.strip()) and not is_row
 
 
 class _JsonText:
@@ -148,6 +166,17 @@ class _JsonText:
             if not self._fill():
                 return ''
 
+    def spans_lines(self) -> bool:
+        """Return whether the JSON value at the current position goes on after the end of its line."""
+        line, _, following = self.text[self.position :].partition('\n')
+        try:
+            self._parser.parse(line)
+        except (ValueError, RecursionError) as error:
+            return _spans_lines(line, error, following)
+        finally:
+            self._parser.repeated.clear()
+        return False
+
     def _refuse_value(self, position: int, why: str) -> NoReturn:
         line = self.line + self.text.count('\n', self.position, position)
         refuse(f'{self.source.path}:{line}', f'the JSON is broken in the row that starts at line {self.line}: {why}.')
@@ -172,11 +201,19 @@ class _JsonText:
 
 
 def _read_json(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
-    """Yield the items of a JSON array. If the file does not start with '[', it is read as JSON lines."""
+    """Yield the items of a JSON array, or the JSON values of a file that does not start with '['.
+
+    If the first line of such a file holds only a part of a value, the values may have several lines each. Otherwise,
+    the file is read as JSON lines.
+    """
     path = source.path
     text = _JsonText(source)
     if text.next_character() != '[':
-        yield from _read_jsonl(FileBytes(path, source.digest), bad, remark)
+        if text.spans_lines():
+            while text.next_character():
+                yield f'{path}:{text.line}', text.value()
+        else:
+            yield from _read_jsonl(FileBytes(path, source.digest), bad, remark)
         return
 
     text.position += 1
@@ -223,35 +260,65 @@ def read_objects(path: Path) -> Iterator[LocatedRow]:
 
 
 def _read_jsonl(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
+    path = source.path
     parser = JsonParser()
     is_first = True
+    # The last line, if it is not JSON: (location, text, error). It is reported when it is known what follows it.
+    broken: tuple[str, str, Exception] | None = None
     for number, line in source.lines(bad):
         if not line.strip():
             continue
 
-        location = f'{source.path}:{number}'
-        try:
-            row = parser.row(parser.parse(line))
-        except (ValueError, RecursionError) as error:
-            if is_first and line.strip() in ('[', '{'):
+        if broken is not None:
+            location, text, problem = broken
+            if is_first and _spans_lines(text, problem, line):
                 refuse(
                     location,
                     'the JSON value spans several lines, but a .jsonl file holds one object per line. '
                     'Rename the file to .json.',
                 )
+            _tell_broken(bad, location, text, problem, is_last=False)
             is_first = False
-            why = f'{error.msg} at column {error.colno}' if isinstance(error, json.JSONDecodeError) else str(error)
-            bad(location, f'this line is not JSON ({why}). A .jsonl file holds one object per line.')
+            broken = None
+
+        text = line.rstrip('\r\n')
+        try:
+            row = parser.row(parser.parse(text))
+        except (ValueError, RecursionError) as error:
+            parser.repeated.clear()
+            broken = (f'{path}:{number}', text, error)
             continue
 
         is_first = False
-        yield location, row
+        yield f'{path}:{number}', row
+
+    if broken is not None:
+        _tell_broken(bad, *broken, is_last=True)
+
+
+def _tell_broken(bad: OnBad, location: str, line: str, error: Exception, *, is_last: bool) -> None:
+    """Call `bad` for a line that is not JSON because of `error`. `is_last` says whether no row follows the line."""
+    why = str(error)
+    is_cut = False
+    if isinstance(error, json.JSONDecodeError):
+        why = f'{error.msg} at column {error.colno}'
+        is_cut = error.msg.startswith('Unterminated') or error.pos + _MAX_TRUNCATED > len(line)
+
+    if is_last and is_cut and line.lstrip().startswith('{'):
+        bad(
+            location,
+            f'this line is not JSON ({why}): the file ends before the row does, so it was not written or copied '
+            'completely. Remove this line, or write the other rows to a new file with --check_dataset true '
+            '--write_clean NEW.jsonl.',
+        )
+    else:
+        bad(location, f'this line is not JSON ({why}). A .jsonl file holds one object per line.')
 
 
 def _read_document(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
     """Yield one row with the whole text of the file, unchanged."""
     lines: list[str] = []
-    for _, line in source.lines(bad):
+    for _, line in source.lines(refuse):  # a text without one of its lines is no row
         if source.total > MAX_ROW_BYTES:
             refuse(
                 str(source.path),
@@ -270,7 +337,7 @@ def _read_paragraphs(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[
     paragraph: list[str] = []
     first = 1
     has_text = False
-    for number, line in source.lines(bad):
+    for number, line in source.lines(refuse):  # a text without one of its lines is no row
         if line.strip():
             first = first if paragraph else number
             paragraph.append(line)

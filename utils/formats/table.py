@@ -132,7 +132,8 @@ def read_table(source: FileBytes, bad: OnBad, remark: Remark, *, usual: str) -> 
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     path = source.path
-    lines = source.lines(bad)
+    # A cell may have several lines, so without the text of a line no row of the file is certain.
+    lines = source.lines(refuse)
     head = _first_lines(lines)
     stated = _STATED.fullmatch(head[0]) if head else None
     skipped = 1 if stated else 0
