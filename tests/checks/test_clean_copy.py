@@ -332,9 +332,9 @@ def test_what_cannot_be_copied_is_named(folder: Path, tmp_path: Path, capsys: py
     copy = tmp_path / 'copy.jsonl'
     check(folder, tmp_path / 'a.parquet', tmp_path / 'out', '--write_clean', str(copy))
     names = ['message key `content`', 'tool call key `index`', 'column `photo`']
-    said = capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr().out.splitlines()[-2]
     assert said.startswith('not copied: ') and sorted(said.removeprefix('not copied: ').split(', ')) == sorted(
-        f'{name} in 1 rows' for name in names
+        f'{name} in 1 row' for name in names
     )
     assert json.loads(copy.read_text()) == {
         'messages': [

@@ -89,14 +89,14 @@ def read_rows(
     reader = _TEXT_READERS[text_rows] if is_text else readers[kind]
     count = 0
 
-    def counted(location: str, problem: str) -> None:
+    def counted_bad(location: str, problem: str) -> None:
         nonlocal count
         count += 1
         bad(location, problem)
 
     try:
         source = FileBytes(path, digest or hashlib.sha256(), is_text=kind != 'parquet')
-        for location, row in reader(source, counted, remark):
+        for location, row in reader(source, counted_bad, remark):
             count += 1
             if isinstance(row, dict):
                 yield location, row
