@@ -245,8 +245,11 @@ def test_what_names_no_data_is_answered_before_anything_is_read(tmp_path: Path) 
         f'{tmp_path}/*.jsonl': f' already names {file}, so its rows would be used twice.',
         f'{tmp_path}/./a.jsonl': f' already names {tmp_path}/a.jsonl, so its rows would be used twice.',
     }
+    write(tmp_path / 'my_rows.jsonl')
+    words[f'{tmp_path}/my_row.jsonl'] = f"(looked in {tmp_path}): did you mean 'my_rows.jsonl'? Correct the path."
+    words[f'{tmp_path}/mixd/'] = f"(looked in {tmp_path}): did you mean 'mixed'? Correct the path."
     problems = check_sources([str(file), *words])
-    assert len(problems) == len(words) == 6
+    assert len(problems) == len(words) == 8
     for problem, part in zip(problems, words.values(), strict=True):
         assert part in problem
     with pytest.raises(ConfigError, match='neither a registered data set nor a .json'):
