@@ -549,3 +549,18 @@ def test_a_compressed_copy_is_the_same_every_time(folder: Path, tmp_path: Path) 
         check(folder, file, tmp_path / 'out', '--write_clean', str(tmp_path / name))
     assert (tmp_path / 'one.jsonl.gz').read_bytes() == (tmp_path / 'two.jsonl.gz').read_bytes()
     assert len(gzip.decompress((tmp_path / 'one.jsonl.gz').read_bytes()).splitlines()) == 9
+
+
+def test_rows_of_several_formats_in_one_file_are_copied_as_messages(folder: Path, tmp_path: Path) -> None:
+    said = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'one'}]
+    rows: list[Raw] = [
+        {'instruction': 'a', 'output': 'b'},
+        {'messages': [*said, {'role': 'user', 'content': 'r'}, {'role': 'assistant', 'content': 'two'}]},
+        {'prompt': 'c', 'completion': 'd', 'label': True},
+    ]
+    file = write_jsonl(tmp_path / 'a.jsonl', rows)
+    copy = tmp_path / 'copy.jsonl'
+    code, report = check(folder, file, tmp_path / 'out', '--write_clean', str(copy))
+    again, checked = check(folder, copy, tmp_path / 'again')
+    assert (code, again, report['clean_copy']['rows']) == (0, 0, 3)
+    assert report['lengths'] == checked['lengths']
