@@ -173,7 +173,7 @@ def test_runs_checks_and_answers(run_sft: Run, tmp_path: Path, problems: Problem
     output = tmp_path / 'output'
     assert problems()[-1].startswith(f'--overlong refuse: 2 rows are longer than --max_length {LIMIT}: {file}:4 (')
 
-    for choice, kind in (('refuse', 'defects'), ('drop', 'left_out'), ('cut', 'defects'), ('split', 'defects')):
+    for choice, kind in (('refuse', 'stops'), ('drop', 'left_out'), ('cut', 'defects'), ('split', 'stops')):
         run_sft(*flags, '--overlong', choice, '--check_dataset', 'true', expect=1)
         report = json.loads(next(output.rglob('dataset_report.json')).read_text())
         assert [found['rows'] for found in report[kind].values()] == [2], choice
