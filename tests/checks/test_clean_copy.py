@@ -237,7 +237,8 @@ def test_left_out_and_repeated_rows_are_not_written_and_suspicious_rows_are(
     flags = ['--write_clean', str(copy), '--max_length', '100', '--dataset_test_ratio', '0']
     code, report = check(folder, file, tmp_path / 'out', *flags)
     assert code == 1
-    not_json = 'this line is not JSON (Expecting value at column 1). Write one JSON object per line.'
+    not_json = next(reason for reason in report['clean_copy']['not_written'] if 'the file ends before' in reason)
+    assert not_json.startswith('this line is not JSON (Expecting value at column 11): ')
     assert report['clean_copy']['not_written'] == {'duplicate row': 2, not_json: 1, 'empty response': 1}
     said = f'wrote 5 of 9 rows to {copy}; not written: 2 duplicate row, 1 {not_json}, 1 empty response\n'
     assert said in capsys.readouterr().out
@@ -331,9 +332,9 @@ def test_what_cannot_be_copied_is_named(folder: Path, tmp_path: Path, capsys: py
     copy = tmp_path / 'copy.jsonl'
     check(folder, tmp_path / 'a.parquet', tmp_path / 'out', '--write_clean', str(copy))
     names = ['message key `content`', 'tool call key `index`', 'column `photo`']
-    said = capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr().out.splitlines()[-2]
     assert said.startswith('not copied: ') and sorted(said.removeprefix('not copied: ').split(', ')) == sorted(
-        f'{name} in 1 rows' for name in names
+        f'{name} in 1 row' for name in names
     )
     assert json.loads(copy.read_text()) == {
         'messages': [
@@ -548,3 +549,18 @@ def test_a_compressed_copy_is_the_same_every_time(folder: Path, tmp_path: Path) 
         check(folder, file, tmp_path / 'out', '--write_clean', str(tmp_path / name))
     assert (tmp_path / 'one.jsonl.gz').read_bytes() == (tmp_path / 'two.jsonl.gz').read_bytes()
     assert len(gzip.decompress((tmp_path / 'one.jsonl.gz').read_bytes()).splitlines()) == 9
+
+
+def test_rows_of_several_formats_in_one_file_are_copied_as_messages(folder: Path, tmp_path: Path) -> None:
+    said = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'one'}]
+    rows: list[Raw] = [
+        {'instruction': 'a', 'output': 'b'},
+        {'messages': [*said, {'role': 'user', 'content': 'r'}, {'role': 'assistant', 'content': 'two'}]},
+        {'prompt': 'c', 'completion': 'd', 'label': True},
+    ]
+    file = write_jsonl(tmp_path / 'a.jsonl', rows)
+    copy = tmp_path / 'copy.jsonl'
+    code, report = check(folder, file, tmp_path / 'out', '--write_clean', str(copy))
+    again, checked = check(folder, copy, tmp_path / 'again')
+    assert (code, again, report['clean_copy']['rows']) == (0, 0, 3)
+    assert report['lengths'] == checked['lengths']

@@ -21,7 +21,7 @@ from utils.checks import dataset as dataset_check
 from utils.checks.dataset import CONFLICT, DUPLICATE, EMPTY_EARLIER, LEAKED, MOJIBAKE, wrong_order
 from utils.data.tally import Tally
 from utils.encode.account import row_texts
-from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY
+from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, REASONING_LEFT_OUT, TOOLS_IGNORED
 
 Plain = dict[str, Any]
 MAX_LENGTH = 400
@@ -222,12 +222,16 @@ def test_every_planted_defect_is_named_by_line_and_nothing_else(
     assert set(found) == expected
     assert len(found) == len(expected)
     assert code == 1 and report['clean'] is False
-    counts = {reason: n['rows'] for kind in ('left_out', 'defects') for reason, n in report[kind].items()}
+    counts = {reason: n['rows'] for kind in ('stops', 'left_out', 'defects') for reason, n in report[kind].items()}
     assert sum(counts.values()) == len(expected)
     printed = capsys.readouterr().out
-    assert all(f'{count} rows' in printed and reason in printed for reason, count in counts.items())
+    assert all(f'{count} row' in printed and reason in printed for reason, count in counts.items())
     rows = report['rows']
-    assert rows['read'] == rows['kept'] + rows['left_out']
+    assert rows['read'] == rows['kept'] + rows['left_out'] + rows['stops']
+    verdict = printed.rstrip().rpartition('\n')[2]
+    wrong = {(f['file'], f['line']) for f in findings if f['kind'] in ('stops', 'left_out', 'lost', 'defect')}
+    assert verdict.startswith(f'{report["problems"]} problems in {len(wrong)} of {rows["read"]} rows: exit code 1')
+    assert report['rows_with_problems'] == len(wrong) and report['problems'] == len(counts)
     assert rows['kept'] == rows['train'] + rows['validation'] + rows['not_drawn']
 
 
@@ -274,7 +278,7 @@ def test_a_file_that_cannot_be_read_on_is_named_and_the_next_is_read(tokenizer_d
     good = write_jsonl(tmp_path / 'good.jsonl', [{'query': 'x', 'response': 'y'}])
     code, findings, report = examine(tokenizer_dir, tmp_path / 'out', str(cut), str(good))
     assert code == 1 and report['rows']['kept'] == 2
-    assert [(f['file'], f['line'], f['kind']) for f in findings] == [(str(cut), 2, 'left_out')]
+    assert [(f['file'], f['line'], f['kind']) for f in findings] == [(str(cut), 2, 'stops')]
 
 
 def test_turns_that_a_template_cannot_say_are_left_out_by_name(tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -282,7 +286,7 @@ def test_turns_that_a_template_cannot_say_are_left_out_by_name(tokenizer_dir: Pa
     file = write_jsonl(tmp_path / 't.jsonl', [talk_row(rng), {'conversations': [
         {'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}]}])  # fmt: skip
     code, findings, report = examine(tokenizer_dir, tmp_path / 'out', str(file), '--template_type', 'chatml')
-    assert code == 1 and [(f['line'], f['kind']) for f in findings] == [(1, 'left_out')]
+    assert code == 1 and [(f['line'], f['kind']) for f in findings] == [(1, 'stops')]
     told = "turn 2 (system text not counted) is a tool call turn, and template 'chatml' has only assistant turns there"
     assert told in findings[0]['reason']
     assert report['lengths']['tokens'] > 0
@@ -340,7 +344,7 @@ def test_what_a_data_set_filters_is_counted_and_named_but_no_defect(
     assert report['left_out'].keys() == ({reason} if broken else set())
     assert report['rows'] == {
         'read': len(rows), 'kept': 5, 'train': 5, 'validation': 0, 'not_drawn': 0, 'filtered': 2,
-        'left_out': len(broken),
+        'left_out': len(broken), 'stops': 0,
     }  # fmt: skip
     assert [f['line'] for f in findings if f['kind'] == 'filtered'] == [6, 7]
 
@@ -387,5 +391,92 @@ def test_rows_beside_a_row_that_ends_the_run_are_counted_once(tokenizer_dir: Pat
     asked = ['--check_dataset', 'true', '--model_id_or_path', str(tokenizer_dir), '--output_dir', str(tmp_path)]
     assert llm_sft.main([*asked, *flags, '--dataset', str(file)]) == 1
     report = json.loads((tmp_path / tokenizer_dir.name / 'dataset_report.json').read_text('utf-8'))
-    assert report['rows']['left_out'] == 2
+    assert (report['rows']['stops'], report['rows']['left_out']) == (1, 1)
     assert sum(report['lengths']['rows_up_to'].values()) == 2
+
+
+def test_lines_that_end_a_run_are_told_apart_from_rows_that_are_skipped(
+    tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = random.Random(0)
+    file = write_jsonl(tmp_path / 'half.jsonl', [*(messages_row(rng) for _ in range(4)), turns('xa', 'ub', 'ac')])
+    with file.open('a') as stream:
+        stream.write('{"messages": [{"role": "us')
+    table = tmp_path / 'cp1252.csv'
+    table.write_bytes('query,response\nfür,schön\nÖl,Äpfel\n'.encode('cp1252'))
+    code, findings, report = examine(tokenizer_dir, tmp_path / 'out', str(file), str(table))
+    assert code == 1 and [(f['line'], f['kind']) for f in findings] == [(6, 'stops'), (2, 'stops'), (5, 'left_out')]
+    assert report['rows']['stops'] == 2 and report['rows']['left_out'] == 1 and report['rows']['read'] == 7
+    printed = capsys.readouterr().out
+    assert '1 row at which a run stops: this line is not JSON (' in printed
+    assert "1 row skipped: unknown role 'narrator'" in printed
+    assert 'e.g. iconv -f WINDOWS-1252 -t UTF-8 cp1252.csv. The rest of the file is not read. (' in printed
+    assert printed.endswith('\n3 problems in 3 of 7 rows: exit code 1\n')
+
+
+def test_a_file_without_a_readable_row_does_not_hide_the_other_problems(
+    tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / 'cp1252.jsonl'
+    file.write_bytes('\n'.join(f'{{"Frage": "für {i}", "Antwort": "schön"}}' for i in range(3)).encode('cp1252'))
+    columns = ('--columns', 'Frage=query', 'Antwort=response')
+    code, findings, report = examine(tokenizer_dir, tmp_path / 'out', str(file), *columns)
+    assert code == 1 and [(f['line'], f['kind']) for f in findings] == [(1, 'stops'), (2, 'stops'), (3, 'stops')]
+    assert capsys.readouterr().out.endswith('\n1 problem in 3 of 3 rows: exit code 1\n') and not report['clean']
+
+
+@pytest.mark.parametrize('field', ['tools', 'reasoning'])
+def test_a_field_that_the_template_never_prints_is_a_problem(
+    field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / 'model'
+    make_model().config.save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+    )
+    tokenizer.save_pretrained(folder)
+    rows = [turns(f'uask {i}', f'asay {i}') for i in range(4)]
+    for row in rows[:3]:
+        if field == 'tools':
+            row['tools'] = [{'type': 'function', 'function': {'name': 'f', 'parameters': {}}}]
+        else:
+            row['messages'][-1]['reasoning_content'] = 'because'
+    code, findings, report = examine(folder, tmp_path / 'out', str(write_jsonl(tmp_path / 'a.jsonl', rows)))
+    printed = capsys.readouterr().out
+    assert code == 1 and [(f['line'], f['kind']) for f in findings] == [(n, 'lost') for n in (1, 2, 3)]
+    lost = {'tools': TOOLS_IGNORED, 'reasoning': REASONING_LEFT_OUT}[field]
+    assert report['lost'][lost]['rows'] == 3 and report['clean'] is False
+    assert f'3 rows with a lost field: {lost} (' in printed
+    assert printed.endswith('\n1 problem in 3 of 4 rows: exit code 1\n')
+
+
+def test_notes_do_not_decide_the_exit_code_and_unused_columns_are_in_the_verdict_once(
+    tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{'query': f'q{i}', 'response': f'r{i}', 'score': i + 1, 'source': 'web'} for i in range(3)]
+    rows.append({'query': '', 'response': 'r'})
+    code, _, _ = examine(tokenizer_dir, tmp_path / 'out', str(write_jsonl(tmp_path / 'a.jsonl', rows)))
+    printed = capsys.readouterr().out
+    assert code == 0 and '1 row noted: an empty question (' in printed
+    assert '3 rows noted: column `source` is not used (' in printed and '\nnot used:' not in printed
+    assert printed.endswith('\nnothing wrong: exit code 0; 1 note; not used: column `score`, column `source`\n')
+
+
+def test_a_fact_is_told_once(tokenizer_dir: Path, tmp_path: Path) -> None:
+    rows = [
+        turns('ua', 'ub', 'ac'),
+        turns('ua', 'ab', 'ac'),
+        turns('sa', 'ab', 'uc', 'ad'),
+        {'query': 'a', 'response': 'b', 'history': [['c', '']]},
+    ]
+    words = [str(write_jsonl(tmp_path / f'{i}.jsonl', [row])) for i, row in enumerate(rows)]
+    _, findings, _ = examine(tokenizer_dir, tmp_path / 'out', *words)
+    assert [f['kind'] for f in findings] == ['defect'] * 4
+
+
+def test_warnings_about_flags_are_shown(tokenizer_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write_jsonl(tmp_path / 'a.jsonl', [{'query': 'a', 'response': 'b'}])
+    examine(tokenizer_dir, tmp_path / 'out', str(file), '--dry_run', 'true')
+    assert '--dry_run has no effect: --check_dataset true only reads the data' in caplog.text

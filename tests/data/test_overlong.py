@@ -116,7 +116,7 @@ def test_split_refuses_conversations_by_name(tmp_path: Path) -> None:
     train, _, report = encode_plan(encoder('split'), plan)
     assert max(train.lengths()) == LIMIT and set(report.noted.counts) == {SPLIT}
     where = r'.*/c.jsonl:3 \(\d+ tokens\)\. Give a larger'
-    what = f'--overlong split: 1 conversations are longer than --max_length 60, and only plain text is split: {where}'
+    what = f'--overlong split: 1 conversation is longer than --max_length 60, and only plain text is split: {where}'
     with pytest.raises(ConfigError, match=what):
         encode_plan(encoder('split'), plan_rows([chats(tmp_path / 'c.jsonl', 2)], test_ratio=0))
 
@@ -153,10 +153,10 @@ def test_a_stream_drops_splits_and_refuses(tmp_path: Path) -> None:
         stream('refuse', file)
     late = chats(tmp_path / 'c.jsonl', 300, count=301)
     data = stream('refuse', late)
-    with pytest.raises(ConfigError, match=r'--overlong refuse: 1 rows are longer than --max_length 60: .*c.jsonl:301'):
+    with pytest.raises(ConfigError, match=r'--overlong refuse: 1 row is longer than --max_length 60: .*c.jsonl:301'):
         for _ in zip(data.train, range(301), strict=False):
             pass
-    with pytest.raises(ConfigError, match=r'refuse: 1 rows are longer than --max_length 60: .*d.jsonl:1'):
+    with pytest.raises(ConfigError, match=r'refuse: 1 row is longer than --max_length 60: .*d.jsonl:1'):
         stream('refuse', chats(tmp_path / 'd.jsonl', 0, count=300), val_rows=1)
 
 
@@ -173,7 +173,7 @@ def test_runs_checks_and_answers(run_sft: Run, tmp_path: Path, problems: Problem
     output = tmp_path / 'output'
     assert problems()[-1].startswith(f'--overlong refuse: 2 rows are longer than --max_length {LIMIT}: {file}:4 (')
 
-    for choice, kind in (('refuse', 'defects'), ('drop', 'left_out'), ('cut', 'defects'), ('split', 'defects')):
+    for choice, kind in (('refuse', 'stops'), ('drop', 'left_out'), ('cut', 'defects'), ('split', 'stops')):
         run_sft(*flags, '--overlong', choice, '--check_dataset', 'true', expect=1)
         report = json.loads(next(output.rglob('dataset_report.json')).read_text())
         assert [found['rows'] for found in report[kind].values()] == [2], choice

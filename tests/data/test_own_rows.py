@@ -196,9 +196,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
             {'question': 'a', 'answer': 'b', 'response': 'c'},
             'mine: row 1: the columns fit more than one shape of rows: question/answer, question/response. Return only',
         ),
+        (
+            {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'},
+            'mine: row 1: unknown columns prompt, chosen, rejected. These are preference rows, and this toolkit has no',
+        ),
+        (
+            {'data': [{'query': 'a', 'response': 'b'}]},
+            'mine: row 1: unknown columns data. The rows are in the key data of this object. Return them from the ',
+        ),
     ],
 )
-def test_columns_of_a_function_are_not_renamed_by_a_flag(row: dict[str, str], said: str, register: Register) -> None:
+def test_columns_of_a_function_are_not_renamed_by_a_flag(row: Any, said: str, register: Register) -> None:
     register(lambda: [row])
     with pytest.raises(ConfigError) as caught:
         plan_rows(['mine'])

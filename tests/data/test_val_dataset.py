@@ -70,7 +70,7 @@ def test_a_registered_set_gives_its_validation_part_or_else_all_its_rows(tmp_pat
 
 def test_a_validation_set_without_rows_is_refused(tmp_path: Path) -> None:
     empty = str(write_jsonl(tmp_path / 'empty.jsonl', [{'query': 'x', 'response': None}]))
-    with pytest.raises(ConfigError, match=r'no row is left\. 1 rows were skipped \(null response\)'):
+    with pytest.raises(ConfigError, match=r'no row is left\. 1 row was skipped \(null response\)'):
         plan_rows([numbered(tmp_path, 'a', 5)], val_words=[empty])
 
 

@@ -392,8 +392,8 @@ def test_a_model_that_sees_nothing_says_so(tmp_path: Path, tokenizer: Any) -> No
     _, kept = encode_rows(encoder, rows, report)
     assert kept == rows[1:]
     assert report.lines() == [
-        '1 rows skipped: the row has images, and the model sees none (test:1 [a.png])',
-        '1 rows noted: image tags in the text, and the model sees no images: kept as plain text (test:1)',
+        '1 row skipped: the row has images, and the model sees none (test:1 [a.png])',
+        '1 row noted: image tags in the text, and the model sees no images: kept as plain text (test:1)',
     ]
 
 

@@ -193,3 +193,14 @@ def test_the_schedule_is_shown_as_the_run_uses_it(
     record = json.loads((run / 'sft_args.json').read_text())
     assert (record['warmup_steps'], record['eval_steps'], record['save_steps']) == (3, 3, 3)
     assert json.loads((run / 'run.json').read_text())['steps'] == 7
+
+
+def test_a_dry_run_says_which_rows_are_skipped_and_what_is_noted(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{'query': f'q{i}', 'response': 'say <|im_end|>' if i == 2 else f'r{i}'} for i in range(12)]
+    file = write_jsonl(tmp_path / 'a.jsonl', [*rows, {'query': 'a', 'response': None}])
+    said = dry(capsys, *small_flags(model_dir, file, tmp_path / 'output'))
+    assert f'warning: 1 row skipped: null response ({file}:13)' in said['decisions']
+    control = 'control tokens typed inside the text: kept as plain text'
+    assert f'warning: 1 row noted: {control} ({file}:3)' in said['decisions']

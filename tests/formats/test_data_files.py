@@ -18,6 +18,7 @@ from utils.data.plan import plan_rows
 from utils.data.sources import check_sources, parse_source
 from utils.formats import file_bytes
 from utils.formats.data_file import read_rows, signature
+from utils.formats.file_bytes import UnreadableRow
 
 ROWS = [{'query': f'q{i} 你好', 'response': f'r{i}\n"x"'} for i in range(50)]
 
@@ -115,13 +116,10 @@ def test_a_file_that_is_gone_before_the_second_reading_is_one_message(tmp_path: 
 
 def test_a_document_with_an_unreadable_line_gives_no_row(tmp_path: Path) -> None:
     file = tmp_path / 'a.txt'
-    file.write_bytes(b'one\n\xe9\nthree\n')
-    told: list[str] = []
-    with pytest.raises(ConfigError, match='a.txt:2: byte 0xe9 is not UTF-8'):
-        list(read_rows(file, bad=lambda place, _: told.append(place)))
-    rows = read_rows(file, bad=lambda place, _: told.append(place), text_rows='paragraph')
-    assert [row['text'] for _, row in rows] == ['one', 'three']
-    assert told == [f'{file}:2']
+    file.write_bytes(b'one\n\n\xe9\n\nthree\n')
+    for text_rows in ('document', 'paragraph'):
+        with pytest.raises(ConfigError, match='a.txt:3: byte 0xe9 is not UTF-8'):
+            list(read_rows(file, bad=lambda place, _: None, text_rows=text_rows))
 
 
 CHINESE = '{"query": "你好，世界", "response": "好"}\n'
@@ -144,11 +142,15 @@ BROKEN = {
     'packed.json': (gzip.compress(b'[{"query": "a"}]' * 9), 'is compressed with gzip: rename it to packed.json.gz.'),
     'beyond.jsonl': (codecs.BOM_UTF32_LE + '{"a": "b"}\n'.encode('utf-32-le') + b'\xff' * 4, 'an incomplete or invalid '
                      'character: the file is marked as UTF-32. Download'),
-    'pretty.jsonl': (b'[\n{"query": "a"}\n]\n', 'pretty.jsonl:1: the JSON value spans several lines, but a line must '
-                     'hold a whole object. Rename the file to .json.'),
-    'object.jsonl': (b'{\n"query": "a"\n}\n', 'object.jsonl:1: the JSON value spans several lines, but a line must '
-                     'hold a whole object. Write one object per line, or '),
-    'object.json': (b'{\n"query": "a"\n}\n', 'a whole object. Write one object per line, or '),
+    'pretty.jsonl': (b'[\n{"query": "a"}\n]\n', 'pretty.jsonl:1: the JSON value spans several lines'),
+    'object.jsonl': (b'{\n"query": "a"\n}\n', 'object.jsonl:1: the JSON value spans several lines'),
+    'wide.jsonl': (b'{"query": "a",\n "response": "b"}\n', 'wide.jsonl:1: the JSON value spans several lines'),
+    'nested.jsonl': (b'{"messages": [\n{"role": "user"}]}\n', 'nested.jsonl:1: the JSON value spans several lines'),
+    'cut_first.jsonl': (b'{"query": "a",\n{"query": "b"}\n', 'cut_first.jsonl:1: this line is not JSON (Expecting'),
+    'half_last.jsonl': (b'{"query": "a"}\n{"query": "b", "resp\r\n\n', 'half_last.jsonl:2: this line is not JSON ('
+                        'Unterminated string starting at at column 16): the file ends before the row does, so it was '
+                        'not written or copied completely. Remove this line, or write the other rows to a new file '
+                        'with --check_dataset true --write_clean NEW.jsonl.'),
     'array.jsonl': (b'[{"query": "a"}]\n', 'got list. Rename the file to .json if it holds an array of rows.'),
     'cut.jsonl.gz': (gzip.compress(b'{"query": "a"}\n' * 9)[:-9], 'the gzip file is broken after'),
     'none.jsonl.gz': (b'{"query": "a"}\n', 'the gzip file is broken after 0 bytes'),
@@ -167,6 +169,32 @@ def test_broken_files_are_named_with_the_line(name: str, tmp_path: Path) -> None
     with pytest.raises(ConfigError) as caught:
         list(read_rows(tmp_path / name))
     assert BROKEN[name][1] in str(caught.value)
+
+
+def test_a_json_file_may_hold_objects_of_several_lines_one_after_the_other(tmp_path: Path) -> None:
+    file = tmp_path / 'pretty.json'
+    rows = [{'query': f'q{i}', 'response': ['r', {'n': i}]} for i in range(3)]
+    file.write_text('\n'.join(json.dumps(row, indent=2) for row in rows), encoding='utf-8')
+    assert list(read_rows(file)) == [(f'{file}:{line}', row) for line, row in zip((1, 10, 19), rows, strict=True)]
+
+
+@pytest.mark.parametrize('name', ['a.csv', 'semicolons.csv', 'header.csv', 'a.jsonl', 'a.txt'])
+def test_rows_in_another_encoding_are_reported_and_not_called_absent(name: str, tmp_path: Path) -> None:
+    mark = ';' if name == 'semicolons.csv' else ','
+    header = 'query,fran\xe7ais' if name == 'header.csv' else f'query{mark}response'
+    lines = [header, *(f'f\xfcr {i}{mark}sch\xf6n' for i in range(3))]
+    if name == 'a.jsonl':
+        lines = [json.dumps({'query': f'f\xfcr {i}'}, ensure_ascii=False) for i in range(3)]
+    (tmp_path / name).write_bytes('\r\n'.join(lines).encode('cp1252'))
+    found: list[tuple[str, str]] = []
+    try:
+        rows = list(read_rows(tmp_path / name, bad=lambda *problem: found.append(problem)))
+    except UnreadableRow as error:
+        rows = []
+        found.append((error.location, error.problem))
+    assert rows == [] and len(found) == (3 if name == 'a.jsonl' else 1)
+    assert found[0][0] == f'{tmp_path / name}:{1 if name in ("header.csv", "a.jsonl") else 2}'
+    assert all('is not UTF-8. It looks like WINDOWS-1252.' in problem for _, problem in found)
 
 
 def test_a_parquet_file_with_a_corrupt_page_is_named_with_the_row(tmp_path: Path) -> None:
@@ -253,8 +281,11 @@ def test_what_names_no_data_is_answered_before_anything_is_read(tmp_path: Path) 
         f'{tmp_path}/*.jsonl': f' already names {file}, so its rows would be used twice.',
         f'{tmp_path}/./a.jsonl': f' already names {tmp_path}/a.jsonl, so its rows would be used twice.',
     }
+    write(tmp_path / 'my_rows.jsonl')
+    words[f'{tmp_path}/my_row.jsonl'] = f"(looked in {tmp_path}): did you mean 'my_rows.jsonl'? Correct the path."
+    words[f'{tmp_path}/mixd/'] = f"(looked in {tmp_path}): did you mean 'mixed'? Correct the path."
     problems = check_sources([str(file), *words])
-    assert len(problems) == len(words) == 6
+    assert len(problems) == len(words) == 8
     for problem, part in zip(problems, words.values(), strict=True):
         assert part in problem
     with pytest.raises(ConfigError, match='neither a registered data set nor a .json'):

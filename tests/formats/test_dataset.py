@@ -511,3 +511,15 @@ def test_a_hub_that_fails_is_one_error(loopback: LoopbackHub, monkeypatch: pytes
     loopback.faults = [Fault('/api/datasets/', 500, 99)]
     with pytest.raises(ConfigError, match='could not be fetched in 3 attempts'):
         get_dataset(['alpaca-en'], hub='huggingface')
+
+
+def test_columns_of_a_registered_entry_are_not_renamed_by_a_flag(
+    loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loopback.add('dataset', 'a/b', {'train.jsonl': b'{"title": "x", "body": "y"}'})
+    entry = HubDataset(id='a/b', columns=('title',), to_row=dict, drops='none')
+    monkeypatch.setitem(DATASET_MAPPING, 'mine', entry)
+    with pytest.raises(ConfigError) as raised:
+        get_dataset(['mine'])
+    assert 'unknown columns title, body. Supported: ' in str(raised.value) and '--columns' not in str(raised.value)
+    assert str(raised.value).endswith('Return rows with such columns from the function in utils/dataset.py.')

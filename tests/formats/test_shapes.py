@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,15 @@ from tests.support.runs import get_dataset, write_jsonl
 from tests.support.tiny_models import make_tokenizer
 from utils.base.errors import ConfigError
 from utils.data.encode_plan import EncodedAgain
+from utils.data.held_out import held_out, read_held_out
+from utils.data.parts import TRAIN, VAL
 from utils.data.plan import plan_rows
+from utils.data.stream_parts import first_rows, open_streams
 from utils.encode.account import Account
 from utils.encode.make import make_encoder
-from utils.formats.columns import KNOWN_COLUMNS, check_row, find_converter
+from utils.formats.columns import KNOWN_COLUMNS, RATED_BAD, check_row, find_converter
 from utils.formats.conversation import BadRow, Row
+from utils.formats.data_file import read_rows
 from utils.formats.reading import Reading, read_columns
 from utils.proofs.as_written import messages_as_written
 from utils.proofs.template import prove_template
@@ -270,3 +278,117 @@ def test_names_for_registered_data_alone_have_no_effect(run_sft: Run, capsys: py
     run_sft('--dataset', 'sql-demo#20', '--columns', 'a=query', '--dry_run', 'true')
     reason = 'the columns of a registered data set are those of its entry'
     assert f'warning: --columns has no effect: {reason}.' in capsys.readouterr().out
+
+
+SAID = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'good'}]
+WORSE = [SAID[0], {'role': 'assistant', 'content': 'bad'}]
+PREFERENCES: list[tuple[dict[str, Any], str]] = [
+    ({'prompt': 'q', 'chosen': 'good', 'rejected': 'bad'}, 'prompt=query,chosen=response'),
+    ({'question': 'q', 'chosen': 'good', 'rejected': 'bad', 'score': 1}, 'question=query,chosen=response'),
+    ({'instruction': 'q', 'input': '', 'chosen': 'good', 'rejected': 'bad'}, 'chosen=output'),
+    ({'prompt': 'q', 'chosen': SAID, 'rejected': WORSE}, 'chosen=messages'),
+    ({'chosen': SAID, 'rejected': WORSE}, 'chosen=messages'),
+    ({'prompt': SAID[:1], 'chosen': SAID[1:], 'rejected': WORSE[1:]}, 'chosen=completion'),
+    ({'question': 'q', 'chosen': SAID[1], 'rejected': WORSE[1]}, 'question=prompt,chosen=completion'),
+]
+
+
+@pytest.mark.parametrize(('row', 'words'), PREFERENCES)
+def test_the_chosen_replies_of_preference_rows_are_trained_with_the_named_flag(
+    row: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    file = str(write_jsonl(tmp_path / 'a.jsonl', [row]))
+    with pytest.raises(ConfigError) as raised:
+        plan_rows([file])
+    assert str(raised.value) == (
+        f'{file}:1: unknown columns {", ".join(row)}. These are preference rows, and this toolkit has no preference '
+        f'training. To train the chosen replies, add --columns {words}.'
+    )
+    columns, problems = read_columns(words.split(','))
+    (made,) = get_dataset([file], test_ratio=0, reading=Reading(columns=columns)).train
+    assert not problems and [message['content'] for message in made.messages] == ['q', 'good']
+
+
+def test_plain_chosen_texts_are_plain_text(tmp_path: Path) -> None:
+    file = str(write_jsonl(tmp_path / 'a.jsonl', [{'chosen': 'Human: q', 'rejected': 'Human: p'}]))
+    with pytest.raises(ConfigError, match=r'To train the chosen replies, add --columns chosen=text\.'):
+        plan_rows([file])
+
+
+@pytest.mark.parametrize('label', [False, 'False'])
+def test_replies_that_are_rated_as_bad_are_not_trained(label: Any, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {'prompt': 'a', 'completion': 'good', 'label': True},
+        {'prompt': 'b', 'completion': 'bad', 'label': label},
+    ]
+    file = str(write_jsonl(tmp_path / 'a.jsonl', rows))
+    found = plan_rows([file], test_ratio=0)
+    assert found.left_out.counts == {RATED_BAD: 1} and found.noted.counts == {}
+    columns = read_columns(['label='])[0]
+    both = plan_rows([file], test_ratio=0, reading=Reading(columns=columns))
+    assert not both.left_out and [row.messages[-1]['content'] for _, row in both.rows(TRAIN)] == ['good', 'bad']
+
+    chats = write_jsonl(tmp_path / 'b.jsonl', [{'messages': SAID, 'label': True}, {'messages': WORSE, 'label': label}])
+    assert plan_rows([str(chats)], test_ratio=0).left_out.counts == {RATED_BAD: 1}
+    other = write_jsonl(tmp_path / 'c.jsonl', [{'query': 'is it spam?', 'response': 'no', 'label': False}])
+    assert not plan_rows([str(other)], test_ratio=0).left_out
+
+
+@pytest.mark.parametrize('name', ["it's.json", 'rows.json.gz', 'rows.jsonl'])
+def test_rows_inside_an_object_are_found_with_the_named_command(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{'query': 'für', 'response': 'b'}, {'query': 'c', 'response': 'd'}]
+    whole = json.dumps({'version': 1, 'data': rows}, indent=None if name == 'rows.jsonl' else 1, ensure_ascii=False)
+    Path(name).write_bytes(gzip.compress(whole.encode()) if name.endswith('.gz') else whole.encode())
+    with pytest.raises(ConfigError) as raised:
+        plan_rows([name])
+    said, _, command = str(raised.value).partition('python -c ')
+    assert said == (
+        f'{name}:1: unknown columns version, data. The rows are in the key data of this object. Write them to a file '
+        'of their own: '
+    )
+    subprocess.run([sys.executable, '-c', *shlex.split(command)], check=True)
+    assert [row for _, row in read_rows(Path('rows.json'))] == rows
+
+
+MIXED: list[dict[str, Any]] = [
+    {'instruction': 'a', 'output': 'b'},
+    {'messages': [*SAID, *SAID]},
+    {'instruction': 'c', 'output': 'd', 'id': 7},
+    {'conversations': [{'from': 'human', 'value': 'e'}, {'from': 'gpt', 'value': 'f'}]},
+    {'prompt': 'g', 'completion': 'h'},
+    {'instruction': 'i', 'messages': SAID},
+    {'text': 'plain'},
+]
+
+
+def test_each_row_of_a_file_is_read_by_its_own_columns(tmp_path: Path) -> None:
+    file = str(write_jsonl(tmp_path / 'a.jsonl', MIXED))
+    plan = plan_rows([file], test_ratio=0.4)
+    assert plan.left_out.counts == {
+        'columns are missing that the first row has: output': 1,
+        'columns are missing that the first row has: instruction, output': 1,
+    }
+    rows = [row for _, row in plan.rows(TRAIN, VAL)]
+    assert [row.messages[-1]['content'] for row in rows] == ['b', 'good', 'd', 'f', 'h']
+    assert [row.loss_scope for row in rows] == ['last_round', 'all_rounds', 'last_round', 'all_rounds', 'last_round']
+    assert [line for line in plan.decisions(None) if 'read too' in line] == [
+        f'{file}: rows with messages are read too, from {file}:2: each row by its own columns',
+        f'{file}: rows with conversations are read too, from {file}:4: each row by its own columns',
+        f'{file}: rows with prompt/completion are read too, from {file}:5: each row by its own columns',
+    ]
+    kept = read_held_out(held_out(plan), [file])
+    assert kept is not None and [row.origin for row in kept] == [row.origin for _, row in plan.rows(VAL)]
+    streams = open_streams([file], hub='modelscope')
+    assert [row.origin for row in first_rows(streams.sources, 9)] == [row.origin for row in rows]
+
+
+def test_rows_of_several_formats_are_accounted_for_and_judged_one_by_one(tmp_path: Path) -> None:
+    rows = get_dataset([str(write_jsonl(tmp_path / 'a.jsonl', MIXED))], test_ratio=0).train
+    account = Account()
+    for row, encoded in zip(rows, ENCODER.encode(rows), strict=True):
+        account.add(row, encoded, EncodedAgain(ENCODER))
+    assert account.unused == {} and account.fields['reply text'] == {'trained': 12}
+    prove_template(ENCODER, rows, tmp_path)

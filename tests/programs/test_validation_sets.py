@@ -272,9 +272,7 @@ def test_every_row_of_a_set_skipped_is_an_error(run_sft: Run, tmp_path: Path, pr
     row = {'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'r', 'loss': False}]}
     unmarked = str(write_jsonl(tmp_path / 'unmarked.jsonl', [row]))
     run_sft('--val_dataset', unmarked, expect=2)
-    assert (
-        f'--val_dataset {unmarked}: every row was skipped: 1 rows skipped: every reply of the row is' in problems()[0]
-    )
+    assert f'--val_dataset {unmarked}: every row was skipped: 1 row skipped: every reply of the row is' in problems()[0]
 
 
 REPORT = 'output/tiny-llama/dataset_report.json'
@@ -291,6 +289,7 @@ def test_the_data_check_finds_validation_rows_in_the_training_set(
     told = json.loads((tmp_path / REPORT).read_text())
     assert told['rows'] == {
         'read': 49, 'kept': 49, 'train': 41, 'validation': 8, 'not_drawn': 0, 'filtered': 0, 'left_out': 0,
+        'stops': 0,
     }  # fmt: skip
     assert told['val_dataset'] == [leaky, sets[0]]
     leaked = told['defects']['validation row that is in the training set']

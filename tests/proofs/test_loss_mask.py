@@ -156,7 +156,7 @@ def test_a_row_in_which_nothing_is_trained_is_left_out_and_named() -> None:
     report = EncodingReport()
     encoded, kept = encode_rows(encoder, [empty, ROWS[0]], report)
     assert len(encoded) == 1 and kept == [ROWS[0]]
-    assert report.lines() == [f'1 rows skipped: {NOTHING_TRAINED} (qa.jsonl:7)']
+    assert report.lines() == [f'1 row skipped: {NOTHING_TRAINED} (qa.jsonl:7)']
 
 
 def test_rows_are_shown_with_colour_in_a_terminal_and_with_marks_elsewhere(

@@ -399,8 +399,8 @@ def test_rows_that_cannot_be_sent_or_are_refused_are_counted(
     server.refused_words = 'what is 2?'
     assert check('--dataset', str(texts), str(file)) == 1
     assert lines(capsys)[-3:] == [
-        'FAIL requests: 1 rows refused by the server: HTTP 400: these words are refused (qa.jsonl:2)',
-        'note rows: 1 rows not sent: plain text, which has no form in the chat API (texts.jsonl:1)',
+        'FAIL requests: 1 row refused by the server: HTTP 400: these words are refused (qa.jsonl:2)',
+        'note rows: 1 row not sent: plain text, which has no form in the chat API (texts.jsonl:1)',
         '1 checks failed: 1 of 3 rows compared',
     ]
     record = json.loads(result.read_text())
@@ -414,7 +414,7 @@ def test_a_check_of_which_nothing_is_left_is_one_message(
     file = write_jsonl(tmp_path / 'texts.jsonl', [{'text': 'what is a text?'}])
     assert check('--dataset', str(file)) == 2
     assert re.search(
-        r'no row can be sent: 1 rows not sent: plain text, .*\. Give other conversations with --dat', problems()[0]
+        r'no row can be sent: 1 row not sent: plain text, .*\. Give other conversations with --dat', problems()[0]
     )
     server.faults['/v1/chat/completions'] = 500
     assert check('--served_model', 'tiny') == 2

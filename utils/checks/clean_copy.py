@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from utils.base.errors import ConfigError
+from utils.data.tally import counted
 from utils.formats.conversation import Row
 from utils.formats.messages_form import json_line, messages_form
 
@@ -128,6 +129,6 @@ def lines(record: Mapping[str, Any], read: int) -> list[str]:
         said = f'wrote no file {record["file"]}: none of {read} rows can be written'
     found = [said + (f'; not written: {counts}' if counts else '')]
     if record['not_copied']:
-        names = ', '.join(f'{name} in {rows} rows' for name, rows in record['not_copied'].items())
+        names = ', '.join(f'{name} in {counted(rows, "row")}' for name, rows in record['not_copied'].items())
         found.append(f'not copied: {names}')
     return found

@@ -28,10 +28,22 @@ from utils.data.encode_plan import EncodedAgain, batches, encode_batch
 from utils.data.encoding_report import EncodingReport
 from utils.data.parts import TRAIN, UNUSED, VAL, ReadRow, row_notes
 from utils.data.plan import Plan
-from utils.data.tally import Tally
+from utils.data.tally import Tally, counted
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
-from utils.encode.encoded import CONTROL_TOKENS, CUTS, DROPPED, REFUSED, SPLIT, Encoded, RowRefused
+from utils.encode.encoded import (
+    CONTROL_TOKENS,
+    CUTS,
+    DROPPED,
+    REASONING_LEFT_OUT,
+    REFUSED,
+    SPLIT,
+    SYSTEM_IGNORED,
+    TOOLS_IGNORED,
+    Encoded,
+    RowRefused,
+)
 from utils.encode.encoder import Encoder, cut_row
+from utils.formats.columns import EMPTY_REPLY, NO_USER_TURN, SAME_ROLE_TWICE
 from utils.formats.conversation import BadRow, Filtered, Message, Row
 from utils.formats.images import replace_tags
 from utils.loading.folder import read_config
@@ -52,6 +64,15 @@ EMPTY_EARLIER = 'empty earlier reply'
 PAST_POSITIONS = 'longer than the {} positions that config.json of the model states'
 MOJIBAKE = 'mojibake: UTF-8 that was read as another encoding'
 
+# Notes about a field of the conversation that the template never prints, so the model never gets it.
+LOST = (REASONING_LEFT_OUT, TOOLS_IGNORED, SYSTEM_IGNORED)
+# Notes about a row for which the check has a finding of its own.
+_FOUND_ANYWAY = (CONTROL_TOKENS, EMPTY_REPLY, NO_USER_TURN, *SAME_ROLE_TWICE.values())
+# The end of a note about a column or key that is not used.
+_NOT_USED = ' is not used'
+# The verdict names at most this number of columns and keys.
+_NAMED = 5
+
 _WEIGHTS = ('*.safetensors', '*.bin', '*.pt', '*.pth', '*.gguf', '*.onnx', '*.msgpack', '*.h5')
 _REPLY_COLUMNS = ('messages', 'conversations', 'response', 'output', 'completion', 'answer', 'text')
 _ASKED_COLUMNS = ('query', 'instruction', 'input', 'prompt', 'question')
@@ -71,25 +92,45 @@ class Findings(Tally):
     A row that has the same problem in two columns is counted and written twice.
     """
 
-    def __init__(self, kind: str, stream: TextIO, skip: Sequence[str] = ()) -> None:
-        """Set up an empty tally. Rows with a reason in `skip` are neither counted nor written.
+    def __init__(
+        self,
+        kind: str,
+        stream: TextIO,
+        *,
+        found: set[str] | None = None,
+        instead: Mapping[str, Findings | None] | None = None,
+    ) -> None:
+        """Set up an empty tally.
 
         `kind` is written with each row, e.g. 'defect'. `stream` is the open file of findings (dataset_report.jsonl).
+        The location of each row is added to the set `found`, if it is given.
+
+        `instead` maps a reason to the findings that get the rows with this reason. If they are None, the rows are
+        neither counted nor written.
         """
         super().__init__()
         self.kind = kind
         self.stream = stream
-        self.skip = skip
+        self.found = found
+        self.instead = instead or {}
 
-    def add(self, reason: str, place: str, column: str = '', of: str = '') -> None:
+    def add(self, reason: str, place: str, column: str = '', of: str = '', row: str = '') -> None:
         """Count one row, and write its location and `column` to the file of findings.
 
         `column` is the column with the problem, or '' for the whole row. If another row has the same content or the
-        same prompt, `of` is the location of the other row.
+        same prompt, `of` is the location of the other row. `row` is the location of the row that is examined now, if it
+        is not `place`.
         """
-        if reason in self.skip:
+        if reason in self.instead:
+            other = self.instead[reason]
+            if other is not None:
+                other.add(reason, place, column)
             return
+
         super().add(reason, f'{place} {column}'.strip() + (f' of {of}' if of else ''))
+        if self.found is not None:
+            examined = row or place  # the path of an image may follow it in brackets
+            self.found.add(examined.rpartition(' [')[0] if examined.endswith(']') else examined)
 
         match = re.fullmatch(r'(.*?):(?: row | object )?(\d+)', place)
         file, line = (match[1], int(match[2])) if match else (place, None)
@@ -181,9 +222,16 @@ class DataCheck:
         self.copy = copy
         self.seen = seen
         self.positions = positions
-        self.left_out = Findings('left_out', stream)
-        self.defects = Findings('defect', stream)
-        self.noted = Findings('noted', stream, skip=[CONTROL_TOKENS])
+        # The rows of the current batch that have a problem, and the number of all earlier ones.
+        self._found: set[str] = set()
+        self._rows_found = 0
+        self.stops = Findings('stops', stream, found=self._found)
+        self.left_out = Findings('left_out', stream, found=self._found)
+        self.lost = Findings('lost', stream, found=self._found)
+        self.defects = Findings('defect', stream, found=self._found)
+        self.noted = Findings(
+            'noted', stream, instead={**dict.fromkeys(_FOUND_ANYWAY), **dict.fromkeys(LOST, self.lost)}
+        )
         self.filtered = Findings('filtered', stream)
         self.lengths = Lengths(max_length=max_length, tokenizer=encoder.tokenizer, overlong=encoder.overlong)
         self.account = Account()
@@ -194,7 +242,12 @@ class DataCheck:
     def bad_line(self, place: str, problem: str) -> None:
         """Count a line or a file that cannot be read, and write it to the file of findings."""
         self.rows['read'] += 1
-        self.left_out.add(problem, place)
+        self.stops.add(problem, place)
+        self._count_found()
+
+    def _count_found(self) -> None:
+        self._rows_found += len(self._found)
+        self._found.clear()
 
     def examine(self, batch: Sequence[tuple[int, ReadRow]], *, is_val: bool = False) -> None:
         """Check each (use, row) pair for problems. `use` is TRAIN, VAL or UNUSED.
@@ -239,6 +292,7 @@ class DataCheck:
                 self.defects.add(EMPTY_EARLIER, place, 'history' if raw.get('history') else columns[place])
 
         self._copy(self._measure(encoded, columns), not_copied)
+        self._count_found()
 
     def _copy(self, rows: Sequence[Row], not_copied: Mapping[int, str]) -> None:
         """Write rows to the file of --write_clean. `not_copied` is {id(row): reason}: these rows are only counted."""
@@ -284,7 +338,7 @@ class DataCheck:
         repeated, of = row.origin, earlier.place
         if reason == LEAKED and earlier.use == VAL:
             repeated, of = of, repeated
-        self.defects.add(reason, repeated, column, of=of)
+        self.defects.add(reason, repeated, column, of=of, row=row.origin)
         return reason if earlier.can_copy else None
 
     def _measure(self, rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
@@ -327,7 +381,7 @@ class DataCheck:
             detail = f' [{error.detail}]' if error.detail else ''
             self.left_out.add(error.reason, row.origin + detail)
         else:
-            self.left_out.add(str(error).replace(row.origin, '').lstrip(': '), row.origin, column)
+            self.stops.add(str(error).replace(row.origin, '').lstrip(': '), row.origin, column)
         self.account.skip(row.written, LEFT_OUT)
 
     def _keeps_long(self, ids: Encoded, row: Row, column: str) -> bool:
@@ -342,10 +396,7 @@ class DataCheck:
         if overlong == 'drop':
             self.left_out.add(DROPPED, row.origin, column)
         else:
-            reason = REFUSED.format(overlong)
-            self.defects.add(reason, row.origin, column)
-            if self.copy is not None:
-                self.copy.skip(reason)
+            self.stops.add(REFUSED.format(overlong), row.origin, column)
         return False
 
     def record(self, args: SftArguments) -> dict[str, Any]:
@@ -353,33 +404,78 @@ class DataCheck:
         return {
             'dataset': args.dataset,
             **({'val_dataset': args.val_dataset} if args.val_dataset else {}),
-            'clean': bool(self.rows['kept']) and not (self.left_out or self.defects),
-            'rows': {**self.rows, 'filtered': len(self.filtered), 'left_out': len(self.left_out)},
+            'clean': bool(self.rows['kept']) and not any(self._problems),
+            'problems': sum(len(found.counts) for found in self._problems),
+            'rows_with_problems': self._rows_found,
+            'rows': {
+                **self.rows,
+                'filtered': len(self.filtered),
+                'left_out': len(self.left_out),
+                'stops': len(self.stops),
+            },
+            'stops': _by_reason(self.stops),
             'left_out': _by_reason(self.left_out),
+            'lost': _by_reason(self.lost),
             'defects': _by_reason(self.defects),
             'noted': _by_reason(self.noted),
             'filtered': _by_reason(self.filtered),
             'decisions': self.decisions,
             'lengths': self.lengths.record(),
             'account': self.account.record(),
-            **({'clean_copy': self.copy.record(self.left_out.counts | self.filtered.counts)} if self.copy else {}),
+            **({'clean_copy': self.copy.record(self._not_trained())} if self.copy else {}),
         }
 
+    @property
+    def _problems(self) -> tuple[Findings, ...]:
+        """Return the findings for which the exit code is 1."""
+        return self.stops, self.left_out, self.lost, self.defects
+
+    def _not_trained(self) -> Counter[str]:
+        """Return the numbers of rows that cannot be trained on, by reason."""
+        return Counter(self.stops.counts) + Counter(self.left_out.counts) + Counter(self.filtered.counts)
+
+    def _unused(self) -> list[str]:
+        """Return the columns and keys that are never used, for example ['column `id`']."""
+        return [reason.partition(_NOT_USED)[0] for reason in self.noted.counts if _NOT_USED in reason]
+
     def lines(self, record: dict[str, Any]) -> list[str]:
-        """Return the report as lines of text. `record` is the result of `record()`."""
+        """Return the report as lines of text. `record` is the result of `record()`. The last line is the verdict."""
         lengths = {name: value for name, value in record['lengths'].items() if name != 'rows_up_to'}
         return [
             'rows: ' + ', '.join(f'{name} {count}' for name, count in record['rows'].items()),
-            *self.filtered.lines('skipped on purpose'),
+            *self.stops.lines('at which a run stops'),
             *self.left_out.lines('skipped'),
+            *self.lost.lines('with a lost field'),
             *self.defects.lines('suspect'),
             *self.noted.lines('noted'),
+            *self.filtered.lines('skipped on purpose'),
             *self.decisions,
             'tokens per row: ' + ', '.join(f'up to {n}: {c}' for n, c in record['lengths']['rows_up_to'].items()),
             'lengths: ' + ', '.join(f'{name} {value}' for name, value in lengths.items()),
-            *self.account.lines(),
+            *self.account.lines(without=self._unused()),
             *(clean_copy.lines(record['clean_copy'], self.rows['read']) if self.copy else ()),
+            self.verdict(record),
         ]
+
+    def verdict(self, record: dict[str, Any]) -> str:
+        """Return the last line of the report: what was found, and the exit code that follows from it."""
+        said = 'nothing wrong: exit code 0'
+        if problems := record['problems']:
+            of = f'{record["rows_with_problems"]} of {counted(self.rows["read"], "row")}'
+            said = f'{counted(problems, "problem")} in {of}: exit code 1'
+        elif not record['clean']:
+            said = 'no row can be trained on: exit code 1'
+
+        unused = self._unused()
+        notes = len(self.noted.counts) - len(unused)
+        more = f' and {len(unused) - _NAMED} more' if len(unused) > _NAMED else ''
+        return '; '.join(
+            [
+                said,
+                *([counted(notes, 'note')] if notes else []),
+                *([f'not used: {", ".join(unused[:_NAMED])}{more}'] if unused else []),
+            ]
+        )
 
 
 def _by_reason(findings: Findings) -> dict[str, dict[str, Any]]:
@@ -390,12 +486,15 @@ def _by_reason(findings: Findings) -> dict[str, dict[str, Any]]:
 def check_dataset(done: Ready[SftArguments]) -> int:
     """Read the data that the run would read, and print its problems.
 
-    Returns 1 if a row would be skipped or is suspect, or if no row can be trained on, else 0. Rows that an entry of
-    DATASET_MAPPING skips on purpose do not count, and neither do notes.
+    Returns 1 if a row would stop the run, would be skipped, would lose its reasoning, tools or system text, or is
+    suspect, or if no row can be trained on, else 0. Rows that an entry of DATASET_MAPPING skips on purpose do not
+    count, and neither do notes. The last line that is printed says which code is returned, and why.
 
     Writes <output_dir>/<model>/dataset_report.json, and each finding as one line of dataset_report.jsonl.
     """
     args = done.args
+    for warning in done.warnings:
+        logger.warning(warning)
     weights = locate(done.info, revision=args.model_revision, hub_name=args.hub, skip=_WEIGHTS)
     leave_out_unused(args, done.info, weights.path)
     folder = dense_directory(weights.path) if weights.path.is_file() else weights.path
@@ -423,8 +522,8 @@ def check_dataset(done: Ready[SftArguments]) -> int:
 
     record = check.record(args)
     write_json(report, record)
-    print('\n'.join(check.lines(record)))
     logger.info(f'report: {report}, every finding with its location: {report.with_suffix(".jsonl")}')
+    print('\n'.join(check.lines(record)))
     return 0 if record['clean'] else 1
 
 

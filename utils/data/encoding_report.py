@@ -8,7 +8,7 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import Overlong
-from utils.data.tally import Tally
+from utils.data.tally import Tally, counted
 from utils.encode.account import Account
 from utils.encode.encoded import CUTS, THINKING_SWITCH
 
@@ -37,10 +37,11 @@ class RefusedRows:
         if not self.count:
             return
         more = f', and {self.count - _NAMED} more' if self.count > _NAMED else ''
-        what = 'conversations' if overlong == 'split' else 'rows'
+        what = counted(self.count, 'conversation' if overlong == 'split' else 'row')
+        are = 'is' if self.count == 1 else 'are'
         why = ', and only plain text is split' if overlong == 'split' else ''
         raise ConfigError(
-            f'--overlong {overlong}: {self.count} {what} are longer than --max_length {max_length}{why}: '
+            f'--overlong {overlong}: {what} {are} longer than --max_length {max_length}{why}: '
             f'{", ".join(self.places)}{more}. Give a larger --max_length, or add --overlong cut or --overlong drop. '
             '--check_dataset true writes the list of all these rows.'
         )

@@ -25,9 +25,7 @@ from utils.data.sources import Source, find_files, not_found_remedy, shadowed_id
 from utils.data.tally import Tally
 from utils.dataset import DATASET_MAPPING
 from utils.formats.columns import (
-    KNOWN_SHAPES,
     Converter,
-    ambiguous_shapes,
     check_row,
     find_converter,
     needed_columns,
@@ -42,6 +40,7 @@ from utils.formats.images import state_of_images, with_image_files
 from utils.formats.json_text import RowWithRepeatedKeys, repeated_key, with_columns
 from utils.formats.reading import Reading
 from utils.formats.table import Remark
+from utils.formats.unknown_columns import unknown_columns
 
 # Files are read with the names that they give their columns.
 AS_WRITTEN = Reading()
@@ -77,19 +76,22 @@ def _converted(
 ) -> Iterator[ReadRow]:
     """Convert the rows of a data set, and yield (location, columns, conversation) for each row.
 
-    If a row cannot be converted, a BadRow is yielded instead of the conversation. The columns of the first row decide
-    which converter is used for all rows. Raises ConfigError if no converter fits them.
+    If a row cannot be converted, a BadRow is yielded instead of the conversation. The columns of a row decide which
+    converter is used. A row with another converter than the first row must have no column that the first row's
+    converter requires, because such a row may lack a part. Raises ConfigError if no converter fits the first row.
 
     If the name of a column in the first row is a known name with capital letters or spaces, such as 'Query ', the
     column is read as 'query'. In this case, `remark` is called with a text for the log.
 
     `name` is the name of the data set or file in messages. Relative paths of images start in `folder`. The columns of
-    the first row are added to `seen`, and also all columns that --columns renames. `of_function` says whether a
-    function in DATASET_MAPPING returned the rows.
+    the first row are added to `seen`, and also all columns that --columns renames. `of_function` says whether the rows
+    come from an entry of DATASET_MAPPING: from a function, or from `to_row` of a HubDataset.
     """
     converter: Converter | None = None
     first_columns: frozenset[str] = frozenset()
     renamed: dict[str, str] = {}
+    # The converters of rows in another format than the first row.
+    others: list[Converter] = []
     seen = {} if seen is None else seen
     for location, written in located:
         if isinstance(written, BadRow):
@@ -106,16 +108,21 @@ def _converted(
         if renamed:
             raw = with_columns(raw, renamed)
         if converter is None:
-            converter = _first_converter(raw, written, location, reading, of_function=of_function)
+            converter = _first_converter(raw, written, location, name, reading, of_function=of_function)
             first_columns = frozenset(raw)
         elif raw is not written:
             seen.update(dict.fromkeys(reading.columns.keys() & written.keys()))
 
         try:
-            if find_converter(raw) is not converter:
+            own = find_converter(raw)
+            if own is None or (own is not converter and not _is_other_format(converter, own, raw)):
                 raise _other_columns(converter, first_columns, raw)
+            if own is not converter and own not in others:
+                others.append(own)
+                needed = '/'.join(column for column in raw if column in needed_columns(own))
+                remark(f'{name}: rows with {needed} are read too, from {location}: each row by its own columns')
             columns = dict(with_image_files(raw))
-            row = check_row(converter(columns))
+            row = check_row(own(columns))
         except BadRow as problem:
             yield location, raw, problem
             continue
@@ -128,57 +135,35 @@ def _converted(
 
 
 def _first_converter(
-    raw: Mapping[str, Any], written: Mapping[str, Any], location: str, reading: Reading, *, of_function: bool
+    raw: Mapping[str, Any],
+    written: Mapping[str, Any],
+    location: str,
+    name: str,
+    reading: Reading,
+    *,
+    of_function: bool,
 ) -> Converter:
     """Return the converter for the first row of a file or data set. Raises ConfigError if none fits its columns.
 
-    `written` is the row as it was read. `raw` is the same row with renamed columns.
+    `written` is the row as it was read. `raw` is the same row with renamed columns. `name` is the name of the file or
+    data set in messages.
     """
     converter = find_converter(raw)
     if converter is None:
         missing = reading.missing(list(map(str, written)), location)
-        raise ConfigError(*missing, f'{location}: {_unknown_columns(list(map(str, raw)), of_function=of_function)}')
+        raise ConfigError(*missing, f'{location}: {unknown_columns(raw, name, of_function=of_function)}')
     return converter
 
 
-def _unknown_columns(columns: Sequence[str], *, of_function: bool) -> str:
-    """Return the error message for columns that no converter supports, with the best-fitting remedy.
+def _is_other_format(first: Converter, own: Converter, raw: Mapping[str, Any]) -> bool:
+    """Return whether a row is complete in another format than the first row, so that its own converter reads it.
 
-    --columns is no remedy for rows of a function in DATASET_MAPPING (`of_function`), because it renames only columns of
-    files.
+    `first` is the converter of the first row, `own` the one that fits the columns of this row. Conversations and plain
+    text are not read from one file: a cleaned copy could not hold both.
     """
-    problem = f'unknown columns {", ".join(columns)}. '
-    tidy = [column.strip().lower() for column in columns]
-    if find_converter(tidy):
-        twice = [column for column, name in zip(columns, tidy, strict=True) if tidy.count(name) > 1]
-        return f'{problem}Their names are equal without capital letters and spaces: {", ".join(twice)}. Rename one.'
-
-    if shapes := ambiguous_shapes(columns):
-        return _ambiguous(shapes, columns, of_function=of_function)
-    if of_function:
-        return f'{problem}Supported: {KNOWN_SHAPES}. Return rows with such columns from the function in {_DATASET_PY}.'
-    return (
-        f'{problem}Supported: {KNOWN_SHAPES}. Say which columns hold question and reply: --columns '
-        f'NAME=query,OTHER=response, or register a function in DATASET_MAPPING in {_DATASET_PY}.'
-    )
-
-
-def _ambiguous(shapes: Sequence[frozenset[str]], columns: Sequence[str], *, of_function: bool) -> str:
-    """Return the error message for columns that fit several converters, with a remedy.
-
-    `shapes` has one set of column names for each of these converters.
-    """
-    names = {shape: '/'.join(column for column in columns if column in shape) for shape in shapes}
-    problem = f'the columns fit more than one shape of rows: {", ".join(names.values())}.'
-    if of_function:
-        return f'{problem} Return only the columns of one shape from the function in {_DATASET_PY}.'
-
-    every = frozenset().union(*shapes)
-    choices = [
-        f'to read {names[shape]}, add --columns {",".join(f"{column}=" for column in sorted(every - shape))}'
-        for shape in shapes
-    ]
-    return f'{problem} Choose: {"; ".join(choices)}.'
+    needed = needed_columns(first)
+    is_text = 'text' in needed or 'text' in needed_columns(own)
+    return needed.isdisjoint(raw) and not is_text
 
 
 def _other_columns(converter: Converter, first: frozenset[str], raw: Mapping[str, Any]) -> BadRow:
@@ -387,8 +372,9 @@ def _reader(
                 rows = read_rows(file, bad=bad, known=known, digest=digest, text_rows=reading.text_rows, remark=remark)
                 folder = str(file.absolute().parent)
                 yield from _converted(rows, str(file), folder=folder, reading=reading, seen=columns, remark=remark)
-            except UnreadableRow as error:  # if `bad` does not raise, the rest of this file is skipped
-                bad(error.location, error.problem)
+            except UnreadableRow as error:
+                rest = '' if bad is refuse else ' The rest of the file is not read.'
+                bad(error.location, error.problem + rest)
 
     return read
 
@@ -446,12 +432,14 @@ def _shown(name: str, is_val: bool) -> str:
 def check_columns(parts: Iterable[Part], reading: Reading) -> None:
     """Raise ConfigError if --columns names a column that no row of a file has, among the rows read so far.
 
-    Does nothing if all data sets are registered, or if `reading.complete` is False.
+    Does nothing if all data sets are registered, if no row of a file was read, or if `reading.complete` is False.
     """
     from_files = [part for part in parts if part.files]
     if not from_files:
         return
     seen = dict.fromkeys(itertools.chain.from_iterable(part.columns for part in from_files))
+    if not seen:
+        return  # no row could be read, and each problem is reported
     if missing := reading.missing(seen, ', '.join(part.name for part in from_files)):
         raise ConfigError(*missing)
 
@@ -496,7 +484,8 @@ def _registered_parts(name: str, entry: HubDataset, hub: HubName) -> list[Part]:
         remarks: dict[str, None] = {}
 
         def read(digest: Any) -> Iterator[ReadRow]:
-            yield from _converted(_hashed(rows.with_locations(), digest), shown, remark=remarks.setdefault)
+            located = _hashed(rows.with_locations(), digest)
+            yield from _converted(located, shown, remark=remarks.setdefault, of_function=True)
 
         return Part(
             name=shown,

@@ -28,7 +28,7 @@ from utils.data.parts import (
     remarks_of,
 )
 from utils.data.sources import of_flag, parse_source, val_set_names
-from utils.data.tally import Tally
+from utils.data.tally import Tally, counted
 from utils.formats.conversation import Row
 from utils.formats.file_bytes import OnBad, refuse
 from utils.formats.reading import Reading
@@ -285,7 +285,8 @@ class _Planner:
 def _skipped(left_out: Tally) -> str:
     """Return the end of a message: how many rows were skipped and why, and a remedy."""
     reasons = '; '.join(sorted(left_out.counts))
-    return f'{len(left_out)} rows were skipped ({reasons}). Correct the rows, or name other data.'
+    were = 'was' if len(left_out) == 1 else 'were'
+    return f'{counted(len(left_out), "row")} {were} skipped ({reasons}). Correct the rows, or name other data.'
 
 
 def plan_rows(

@@ -236,8 +236,10 @@ def _matching_files(source: Source) -> list[Path]:
                 f"--dataset '{source.name}': {path} is a pipe or a device, which can be read only once. Write its rows "
                 'to a file and give that file.'
             )
-        kind = 'data file' if source.name.lower().endswith(_ALL_SUFFIXES) else 'data folder'
-        raise ConfigError(f'{kind} {path} is not there (looked in {path.absolute().parent}). Correct the path.')
+        is_file = source.name.lower().endswith(_ALL_SUFFIXES)
+        kind = 'data file' if is_file else 'data folder'
+        similar = did_you_mean(path.name, _names_next_to(path, files=is_file))
+        raise ConfigError(f'{kind} {path} is not there (looked in {path.absolute().parent}){similar} Correct the path.')
 
     files = sorted(map(Path, glob.glob(source.name, recursive=True)))  # noqa: PTH207 (Path.glob: no absolute pattern)
     if not files:
@@ -257,6 +259,16 @@ def _matching_files(source: Source) -> list[Path]:
             'files with rows and files of plain text. Give one pattern for each kind of file.'
         )
     return files
+
+
+def _names_next_to(path: Path, *, files: bool) -> list[str]:
+    """Return the names of the data files in the folder of `path`, or of the folders in it if `files` is False."""
+    try:
+        found = sorted(path.absolute().parent.iterdir())
+    except OSError:
+        return []
+    is_data = [f.name.lower().endswith(_ALL_SUFFIXES) and f.is_file() if files else f.is_dir() for f in found]
+    return [f.name for f, wanted in zip(found, is_data, strict=True) if wanted and f.name.isprintable()]
 
 
 def is_text_file(file: Path) -> bool:

@@ -59,5 +59,10 @@ class Tally:
         lines = []
         for reason, count in self.counts.items():
             more = ', ...' if count > _NAMED_PER_REASON else ''
-            lines.append(f'{count} rows {verb}: {reason} ({", ".join(self.places[reason])}{more})')
+            lines.append(f'{counted(count, "row")} {verb}: {reason} ({", ".join(self.places[reason])}{more})')
         return lines
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, for example '1 row' or '2 rows'."""
+    return f'{count} {noun}{"s" * (count != 1)}'

@@ -19,7 +19,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
@@ -783,8 +783,10 @@ class Account:
         for name, rows in other.unused.items():
             self._count_unused(name, rows)
 
-    def lines(self) -> list[str]:
+    def lines(self, *, without: Collection[str] = ()) -> list[str]:
         """Return the counts as at most two lines. A line without content is left out.
+
+        The columns and keys in `without` are left out of the second line, for example 'column `source`'.
 
         Example:
         ['text: user text: context 100 %; reply text: trained 90 %, cut 10 %', 'not used: column `source` in 3 rows']
@@ -794,7 +796,8 @@ class Account:
             total = sum(counts.values())
             parts = ', '.join(f'{outcome} {100 * count / total:.4g} %' for outcome, count in counts.items())
             shares.append(f'{label}: {parts}')
-        names = ', '.join(f'{name} in {rows} row{"s" * (rows > 1)}' for name, rows in self.unused.items())
+        unused = {name: rows for name, rows in self.unused.items() if name not in without}
+        names = ', '.join(f'{name} in {rows} row{"s" * (rows > 1)}' for name, rows in unused.items())
         return [*(['text: ' + '; '.join(shares)] if shares else []), *([f'not used: {names}'] if names else [])]
 
     def record(self) -> dict[str, Any]:

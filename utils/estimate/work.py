@@ -67,7 +67,7 @@ def plan_work(
 
     plan = plan_of(args, args.train_dataset_sample)
     done.decisions += plan.decisions(args.loss_scope)
-    done.warnings += plan.noted.lines('noted')
+    done.warnings += [*plan.left_out.lines('skipped'), *plan.noted.lines('noted')]
     if model_dir is not None and not has_vision:
         return _encoded(done, plan, model_dir, padded=mode is not None and not mode.padding_free)
 
@@ -127,6 +127,7 @@ def _encoded(done: Ready[SftArguments], plan: Plan, model_dir: Path, *, padded: 
     new = add_to_tokenizer(tokenizer, find_new_tokens(args))
     encoder = open_encoder(args, tokenizer, system_typed='system' in done.typed, new_ids=new.ids)
     train, val, report = encode_plan(encoder, plan)
+    done.warnings += report.lines()
     rows: IndexedRows = PackedRows(train, args.max_length) if args.packing else train
 
     candidates = [_measure_batch(batch, padded=padded) for batch in rows.heaviest(args.batch_size)]

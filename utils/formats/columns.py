@@ -50,6 +50,7 @@ EMPTY_QUESTION = 'an empty question'
 SAME_ROLE_TWICE = {'user': 'a user turn after a user turn', 'assistant': 'an assistant turn after an assistant turn'}
 NO_LOSS_REQUESTED = 'a reply carries no loss because the row says so (`weight`, `loss` or `train`)'
 NOT_A_NUMBER = 'a cell is NaN or Infinity: read as missing'
+RATED_BAD = 'the column `label` is false, so the reply is rated as bad; --columns label= trains it all the same'
 NO_USER_TURN = 'a reply directly after the system text, without a user turn'
 
 
@@ -476,18 +477,32 @@ def _row(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, *co
     )
 
 
-def _chat(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, column: str) -> Row:
+def _chat(row: Mapping[str, Any], messages: list[Message], remarks: _Remarks, *columns: str) -> Row:
     """Return the Row of a chat. Every reply carries loss, unless --loss_scope or the reply itself says otherwise."""
-    made = _row(row, messages, remarks, column)
+    made = _row(row, messages, remarks, *columns)
     made.loss_scope = 'all_rounds'
     return made
 
 
+def _rating(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the column `label` of a KTO row, which rates the reply with true or false. Returns () without a rating.
+
+    Raises BadRow if the reply is rated as bad, because training on it would teach it.
+    """
+    label = row.get('label')
+    if isinstance(label, str):
+        label = {'true': True, 'false': False}.get(label.strip().lower())
+    if label is False:
+        raise BadRow(RATED_BAD, 'label')
+    return ('label',) if row.get('label') is True else ()
+
+
 def _from_messages(row: Mapping[str, Any]) -> Row:
+    rating = _rating(row)
     remarks = _Remarks()
     keys: dict[str, Sequence[str]] = {'role_keys': ('role', 'from'), 'content_keys': ('content', 'value')}
     messages = _turns(row['messages'], remarks, column='messages', **keys)
-    return _chat(row, messages, remarks, 'messages')
+    return _chat(row, messages, remarks, 'messages', *rating)
 
 
 def _from_conversations(row: Mapping[str, Any]) -> Row:
@@ -557,6 +572,7 @@ def _from_pair(row: Mapping[str, Any], *, asked: str, answered: str) -> Row:
 
     Every assistant message of the completion carries loss, unless the message itself says otherwise.
     """
+    rating = _rating(row) if (asked, answered) == ('prompt', 'completion') else ()
     remarks = _Remarks()
     prompt = _said(row, asked, 'user', remarks)
     completion = _said(row, answered, 'assistant', remarks)
@@ -565,8 +581,8 @@ def _from_pair(row: Mapping[str, Any], *, asked: str, answered: str) -> Row:
             message.setdefault('loss', True)
 
     if isinstance(row[asked], list | dict):  # such a prompt has its own history
-        return _row(row, [*prompt, *completion], remarks, asked, answered)
-    return _row(row, [*_history(row, remarks), *prompt, *completion], remarks, asked, answered, 'history')
+        return _row(row, [*prompt, *completion], remarks, asked, answered, *rating)
+    return _row(row, [*_history(row, remarks), *prompt, *completion], remarks, asked, answered, 'history', *rating)
 
 
 Converter = Callable[[Mapping[str, Any]], Row]

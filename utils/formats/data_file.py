@@ -78,8 +78,8 @@ def read_rows(
     with the bytes of the file, after decompression and conversion to UTF-8. `remark` is called with each remark on how
     the file is read.
 
-    Raises ConfigError if the file cannot be read, if no row of it can be read, or if its signature differs from `known`
-    or changes while the file is read. A different signature is found only when the reading ends.
+    Raises ConfigError if the file cannot be read, if it has no rows (rows given to `bad` count), or if its signature
+    differs from `known` or changes while the file is read. A different signature is found only when the reading ends.
     """
     before = known or signature(path)
     kind = path.name.lower().removesuffix('.gz').rpartition('.')[2]
@@ -96,9 +96,15 @@ def read_rows(
     }
     reader = _TEXT_READERS[text_rows] if is_text else readers[kind]
     count = 0
+
+    def counted_bad(location: str, problem: str) -> None:
+        nonlocal count
+        count += 1
+        bad(location, problem)
+
     try:
         source = FileBytes(path, digest or hashlib.sha256(), is_text=kind != 'parquet')
-        for location, row in reader(source, bad, remark):
+        for location, row in reader(source, counted_bad, remark):
             count += 1
             if isinstance(row, dict):
                 yield location, row
@@ -112,7 +118,7 @@ def read_rows(
     _check_unchanged(path, before)
 
     if count == 0:
-        raise ConfigError(f'{path}: the data file holds no rows that can be read. {_USE_ANOTHER}')
+        raise ConfigError(f'{path}: the data file holds no rows. {_USE_ANOTHER}')
 
 
 def _check_unchanged(path: Path, before: Signature) -> None:
@@ -120,6 +126,18 @@ def _check_unchanged(path: Path, before: Signature) -> None:
         raise ConfigError(
             f'{path}: the data file has changed since it was opened. Wait until it is complete, or use a copy of it.'
         )
+
+
+def _spans_lines(line: str, error: Exception, following: str) -> bool:
+    """Return whether `line` is the beginning of a JSON value that goes on in the text `following`.
+
+    `error` is the error of parsing `line`. A line that is cut off is not such a beginning: another row follows it.
+    """
+    if not isinstance(error, json.JSONDecodeError) or error.msg.startswith('Unterminated'):
+        return False
+    start = line.rstrip()
+    is_row = following.lstrip().startswith('{') and not start.endswith('[')
+    return error.pos >= len(start) and bool(following.strip()) and not is_row
 
 
 class _JsonText:
@@ -160,6 +178,17 @@ class _JsonText:
             if not self._fill():
                 return ''
 
+    def spans_lines(self) -> bool:
+        """Return whether the JSON value at the current position goes on after the end of its line."""
+        line, _, following = self.text[self.position :].partition('\n')
+        try:
+            self._parser.parse(line)
+        except (ValueError, RecursionError) as error:
+            return _spans_lines(line, error, following)
+        finally:
+            self._parser.repeated.clear()
+        return False
+
     def _refuse_value(self, position: int, why: str) -> NoReturn:
         line = self.line + self.text.count('\n', self.position, position)
         refuse(f'{self.source.path}:{line}', f'the JSON is broken in the row that starts at line {self.line}: {why}.')
@@ -194,14 +223,19 @@ class _JsonText:
 
 
 def _read_json(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
-    """Yield (location, item) for each item of a JSON array.
+    """Yield (location, item) for each item of a JSON array, or for each JSON value of a file without an array.
 
-    If the first character of the file, after whitespace, is not '[', the file is read as JSON lines.
+    The file has no array if its first character, after whitespace, is not '['. If the first line of such a file holds
+    only a part of a value, the values may have several lines each. Otherwise, the file is read as JSON lines.
     """
     path = source.path
     text = _JsonText(source)
     if text.next_character() != '[':
-        yield from _read_jsonl(FileBytes(path, source.digest), bad, remark)
+        if text.spans_lines():
+            while text.next_character():
+                yield f'{path}:{text.line}', text.value()
+        else:
+            yield from _read_jsonl(FileBytes(path, source.digest), bad, remark)
         return
 
     text.position += 1
@@ -250,30 +284,59 @@ def read_objects(path: Path) -> Iterator[LocatedRow]:
 
 
 def _read_jsonl(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
+    path = source.path
     parser = JsonParser()
     is_first = True
+    # The last line, if it is not JSON: (location, text, error). It is reported when it is known what follows it.
+    broken: tuple[str, str, Exception] | None = None
     for number, line in source.lines(bad):
         if not line.strip():
             continue
 
-        location = f'{source.path}:{number}'
-        try:
-            row = parser.row(parser.parse(line))
-        except (ValueError, RecursionError) as error:
-            if is_first and line.strip() in ('[', '{'):
-                remedy = (
-                    'Rename the file to .json.'
-                    if line.strip() == '['
-                    else 'Write one object per line, or write all objects as an array [...] into a .json file.'
+        if broken is not None:
+            location, text, problem = broken
+            if is_first and _spans_lines(text, problem, line):
+                refuse(
+                    location,
+                    'the JSON value spans several lines, but a .jsonl file holds one object per line. '
+                    'Rename the file to .json.',
                 )
-                refuse(location, f'the JSON value spans several lines, but a line must hold a whole object. {remedy}')
+            _tell_broken(bad, location, text, problem, is_last=False)
             is_first = False
-            why = f'{error.msg} at column {error.colno}' if isinstance(error, json.JSONDecodeError) else str(error)
-            bad(location, f'this line is not JSON ({why}). Write one JSON object per line.')
+            broken = None
+
+        text = line.rstrip('\r\n')
+        try:
+            row = parser.row(parser.parse(text))
+        except (ValueError, RecursionError) as error:
+            parser.repeated.clear()
+            broken = (f'{path}:{number}', text, error)
             continue
 
         is_first = False
-        yield location, row
+        yield f'{path}:{number}', row
+
+    if broken is not None:
+        _tell_broken(bad, *broken, is_last=True)
+
+
+def _tell_broken(bad: OnBad, location: str, line: str, error: Exception, *, is_last: bool) -> None:
+    """Call `bad` for a line that is not JSON because of `error`. `is_last` says whether no row follows the line."""
+    why = str(error)
+    is_cut = False
+    if isinstance(error, json.JSONDecodeError):
+        why = f'{error.msg} at column {error.colno}'
+        is_cut = error.msg.startswith('Unterminated') or error.pos + _MAX_TRUNCATED > len(line)
+
+    if is_last and is_cut and line.lstrip().startswith('{'):
+        bad(
+            location,
+            f'this line is not JSON ({why}): the file ends before the row does, so it was not written or copied '
+            'completely. Remove this line, or write the other rows to a new file with --check_dataset true '
+            '--write_clean NEW.jsonl.',
+        )
+    else:
+        bad(location, f'this line is not JSON ({why}). Write one JSON object per line.')
 
 
 def _read_document(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[tuple[str, Any]]:
@@ -297,12 +360,12 @@ def _read_paragraphs(source: FileBytes, bad: OnBad, remark: Remark) -> Iterator[
     """Yield a row for each paragraph. A paragraph consists of lines without a blank line between them.
 
     A line with only whitespace is blank. The line break at the end of a paragraph is left out. A file that has only
-    blank lines gives one row with an empty text. A line that is not UTF-8 separates paragraphs, like a blank line.
+    blank lines gives one row with an empty text. Raises UnreadableRow if a line is not UTF-8.
     """
     paragraph: list[str] = []
     first = 1
     has_text = False
-    for number, line in source.lines(bad):
+    for number, line in source.lines(refuse):  # a text without one of its lines is no row
         if line.strip():
             first = first if paragraph else number
             paragraph.append(line)

@@ -131,18 +131,13 @@ def read_table(source: FileBytes, bad: OnBad, remark: Remark, *, usual: str) -> 
     Blank lines are skipped. A line with only separators is a row with empty cells. But such lines after the last row
     are skipped, and `remark` is called with a sentence that gives their number.
 
-    If a row has a wrong number of cells or is not UTF-8, `bad` is called, and the row is not yielded. Raises
-    UnreadableRow if the header cannot be used, if the separator is not clear, or if the quotes in a row are broken.
+    If a row has a wrong number of cells, `bad` is called, and the row is not yielded. Raises UnreadableRow if a line is
+    not UTF-8, if the header cannot be used, if the separator is not clear, or if the quotes in a row are broken.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     path = source.path
-    unreadable: set[int] = set()
-
-    def bad_line(location: str, problem: str) -> None:
-        unreadable.add(int(location.rpartition(':')[2]))
-        bad(location, problem)
-
-    lines = source.lines(bad_line)
+    # A cell may have several lines, so without the text of a line no row of the file is certain.
+    lines = source.lines(refuse)
     head = _first_lines(lines)
     stated = _STATED.fullmatch(head[0]) if head else None
     skipped = 1 if stated else 0
@@ -161,10 +156,7 @@ def read_table(source: FileBytes, bad: OnBad, remark: Remark, *, usual: str) -> 
     line = skipped + 1
     try:
         for cells in reader:
-            if not unreadable.isdisjoint(range(line, skipped + reader.line_num + 1)):
-                if not names:
-                    refuse(f'{path}:{line}', 'the header is not UTF-8, so the columns have no names. Convert the file.')
-            elif not any(cell.strip() for cell in cells) and len(cells) != 1:
+            if not any(cell.strip() for cell in cells) and len(cells) != 1:
                 if cells:
                     empty.append(line)
             elif not names:
