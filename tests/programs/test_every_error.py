@@ -461,7 +461,7 @@ PROGRAMS: dict[str, Row] = {
     'a full disk before the first step': (full_disk(), ': a checkpoint cannot be written: '),
     'a full disk later': (
         full_disk('--preflight', 'false'),
-        'The last complete checkpoint is none yet.',
+        'This run has no complete checkpoint yet.',
     ),
     'memory for no validation': (no_place_for_validation, 'Lower --eval_batch_size or --max_length.'),
     # commands on a run folder

@@ -131,11 +131,15 @@ class Checkpoints:
         if failure := self.write(checkpoint, resumable=not trainer.args.save_only_model):
             last = last_checkpoint(run_dir)
             gib = shutil.disk_usage(run_dir).free / 2**30
-            remedy = f'use --resume_from_checkpoint {last}' if last else 'start again.'
+            if last:
+                state = f'No older checkpoint was changed. The last complete checkpoint of this run is {last}.'
+                remedy = f'use --resume_from_checkpoint {last}'
+            else:
+                state = 'This run has no complete checkpoint yet.'
+                remedy = 'start again.'
             raise ConfigError(
-                f'{checkpoint} could not be written: {failure}. No older checkpoint was changed. The last complete '
-                f'checkpoint of this run is {last or "none yet"}. The disk has {gib:.1f} GiB free. If this is too '
-                f'little, delete files. Then {remedy}'
+                f'{checkpoint} could not be written: {failure}. {state} The disk has {gib:.1f} GiB free. If this is '
+                f'too little, delete files. Then {remedy}'
             )
 
         if trainer.args.should_save:
