@@ -383,7 +383,8 @@ PROGRAMS: dict[str, Row] = {
     'config.json without a type': (opened('config.json', '{}'), 'config.json names no model_type'),
     'a width in words': (lambda w: w.sft(model=config(w, hidden_size='wide')), "'hidden_size' expected int, got str"),
     'quantised by a list': (
-        lambda w: w.sft(model=config(w, quantization_config=[1])), 'cannot be opened: AttributeError',
+        lambda w: w.sft(model=config(w, quantization_config=[1])),
+        'config.json: quantization_config is missing or has the wrong type. Download or copy the file again.',
     ),
     'a language model of no size': (
         lambda w: w.sft(
@@ -422,7 +423,7 @@ PROGRAMS: dict[str, Row] = {
         'the chat template fails: maximum recursion depth exceeded',
     ),
     'an old chat template cut off': (legacy('{'), 'chat_template.json cannot be read as JSON'),
-    'an old chat template of none': (legacy('{}'), "cannot be opened: KeyError: 'chat_template'"),
+    'an old chat template of none': (legacy('{}'), 'has no chat template. Name a file with --chat_template'),
     'no tokenizer': (opened('tokenizer.json', None), 'the tokenizer in '),
     'an empty tokenizer': (opened('tokenizer.json', '{}'), "cannot be opened: KeyError: 'added_tokens'"),
     'a tokenizer without a model': (opened('tokenizer.json', '{"added_tokens": []}'), 'the tokenizer in '),
@@ -437,6 +438,10 @@ PROGRAMS: dict[str, Row] = {
     # a run and its checkpoints
     'arguments are a list': (answers('sft_args.json', '[]'), 'sft_args.json holds a list, but a dict is expected.'),
     'arguments are nothing': (answers('sft_args.json', '{}'), 'has an sft_args.json with content'),
+    'arguments without weights': (
+        answers('sft_args.json', '{"sft_type": "lora", "base_model": {}}'),
+        'sft_args.json: base_model is missing or has',
+    ),
     'arguments are no UTF-8': (answers('sft_args.json', LATIN), 'sft_args.json cannot be read as JSON: '),
     'an adapter cut off': (answers('adapter_model.safetensors', b'1234'), 'The adapter is damaged, or was trained'),
     'an adapter of nothing': (answers('adapter_config.json', '{}'), "KeyError: 'peft_type' The adapter is damaged"),
@@ -457,11 +462,15 @@ PROGRAMS: dict[str, Row] = {
     ),
     'a lock that is a list': (repeated('[]'), 'lock.json holds a list, but a dict is expected. Give --from_run a run'),
     'a lock of nothing': (repeated('{}'), 'lock.json: command is missing or has the wrong type.'),
+    'a lock of other data': (
+        repeated('{"command": [], "processes": 1, "base_model": {}, "data": {"a": 1}, "versions": {}}'),
+        'lock.json: data is missing or has the wrong type. Give --from_run a run folder',
+    ),
     'a lock that is no UTF-8': (repeated(LATIN), 'lock.json cannot be read as JSON: '),
     'a full disk before the first step': (full_disk(), ': a checkpoint cannot be written: '),
     'a full disk later': (
         full_disk('--preflight', 'false'),
-        'The last complete checkpoint is none yet.',
+        'The last complete checkpoint of this run is none yet.',
     ),
     'memory for no validation': (no_place_for_validation, 'Lower --eval_batch_size or --max_length.'),
     # commands on a run folder
@@ -471,6 +480,10 @@ PROGRAMS: dict[str, Row] = {
     'pushing without a token': (pushed('', '', **PUSHES), 'Set the environment variable MODELSCOPE_API_TOKEN.'),
     'pushing to a hub that is away': (away, 'To push it again, run python -m utils.export.push '),
     'pushing a broken outcome': (pushed('run.json', '{', **PUSHES), 'run.json cannot be read as JSON: Expecting'),
+    'pushing without a hub': (
+        pushed('', '', **{**PUSHES, 'hub': None}),
+        'sft_args.json: hub is missing or has the wrong type. Restore the file',
+    ),
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
     'reporting on no run': (lambda w: report([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
     'reporting on other arguments': (
@@ -479,6 +492,26 @@ PROGRAMS: dict[str, Row] = {
     ),
     'reporting on a broken outcome': (
         lambda w: report([str(w.run('run.json', LATIN))]), 'run.json cannot be read',
+    ),
+    'reporting on other versions': (
+        lambda w: report([str(w.run('run.json', '{"versions": []}'))]),
+        'run.json: versions is missing or has the wrong type. Move or delete the file.',
+    ),
+    'reporting on other steps': (
+        lambda w: report([str(w.run('history.json', '[{"loss": 1.0}]'))]),
+        'history.json, entry 1: step is missing or has the wrong type.',
+    ),
+    'reporting on other proofs': (
+        lambda w: report([str(w.run('proofs.json', '{"merge": true}'))]),
+        'proofs.json: merge is missing or has the wrong type.',
+    ),
+    'reporting on other answers': (
+        lambda w: report([str(w.run('answers.json', '["a"]'))]),
+        'answers.json, entry 1: it is a str, but a dict is expected.',
+    ),
+    'reporting on other rows': (
+        lambda w: report([str(w.run('rows.jsonl', '{"loss_before": 1}'))]),
+        'rows.jsonl:1: origin is missing or has the wrong type. Move or delete it',
     ),
     'comparing with a list': (
         lambda w: report([str(w.run('history.json', '{}')), str(w.first)]),

@@ -7,12 +7,10 @@ from pathlib import Path
 from utils.base import dist
 from utils.base.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpoints, damage, partial_name
 from utils.base.errors import Problems
-from utils.base.files import read_json
 from utils.cli.arguments import SftArguments
-from utils.loading.folder import is_adapter
+from utils.loading.folder import is_adapter, read_adapter_config
 
 TRAINER_STATE = 'trainer_state.json'
-ADAPTER_CONFIG = 'adapter_config.json'
 _GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/checkpoint-N, or the word last.'
 
 
@@ -71,7 +69,7 @@ def _check_resumed_adapter(checkpoint: Path, args: SftArguments, problems: Probl
 
     The target modules are compared later, when the model is open.
     """
-    config = read_json(checkpoint / ADAPTER_CONFIG, remedy=_GIVE_CHECKPOINT)
+    config = read_adapter_config(checkpoint, remedy=_GIVE_CHECKPOINT)
     found = {
         'lora_rank': config.get('r'),
         'use_dora': config.get('use_dora', False),

@@ -64,12 +64,12 @@ def _verdict(passed: bool | None) -> Markup:
 
 def _proofs(run: RunFiles) -> Markup:
     rows = [
-        [name.replace('_', ' '), _verdict(outcome.get('passed')), outcome.get('says', '')]
+        [name.replace('_', ' '), _verdict(outcome.get('passed')), outcome.get('says') or '']
         for name, outcome in run.proofs.items()
     ]
     if not rows:
         return Markup('')
-    seconds = sum(outcome.get('seconds', 0) for outcome in run.proofs.values())
+    seconds = sum(outcome.get('seconds') or 0 for outcome in run.proofs.values())
     whole = f' of {run.outcome["seconds"]} s' if 'seconds' in run.outcome else ''
     cost = f'All checks took {seconds:.1f} s{whole}.'
     return Markup(table(['proof', 'outcome', 'what was checked'], rows) + f'<p class="faint">{text(cost)}</p>')
@@ -182,8 +182,8 @@ def _title(run: RunFiles) -> tuple[str, str]:
     """Return two texts for the top of the report: the name of the model, and a line with the method and the data."""
     flags = run.record.flags
     method = 'all weights' if flags['sft_type'] == 'full' else 'LoRA'
-    bits = f', {flags["quantization_bit"]}-bit base' if flags['quantization_bit'] else ''
-    name = flags['model_type'] or flags['model_id_or_path']
+    bits = f', {flags["quantization_bit"]}-bit base' if flags.get('quantization_bit') else ''
+    name = flags.get('model_type') or flags.get('model_id_or_path') or run.folder.name
     start = ''
     if lineage := run.record.lineage:
         start = f', from the adapter {lineage["path"]} (sha256 {lineage["sha256"][:12]}...)'
