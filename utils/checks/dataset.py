@@ -90,9 +90,12 @@ class Findings(Tally):
             return
         super().add(reason, f'{place} {column}'.strip() + (f' of {of}' if of else ''))
 
-        match = re.fullmatch(r'(.*?):(?: row | object )?(\d+)', place)
+        # A row can have a detail, for example the image that cannot be read: rows.jsonl:3 [x.png].
+        match = re.fullmatch(r'(.*?):(?: row | object )?(\d+)(?: \[(.*)\])?', place, flags=re.DOTALL)
         file, line = (match[1], int(match[2])) if match else (place, None)
         record = {'kind': self.kind, 'reason': reason, 'file': file, 'line': line, 'column': column}
+        if match and match[3]:
+            record['detail'] = match[3]
         if of:
             record['of'] = of
         self.stream.write(json.dumps(record, ensure_ascii=False) + '\n')
