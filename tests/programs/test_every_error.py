@@ -27,6 +27,7 @@ from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
 from utils.export import push
+from utils.migrate.__main__ import main as migrate
 from utils.report.__main__ import main as report
 
 TOKENIZERS = ROOT / 'tests' / 'goldens' / 'tokenizers'
@@ -227,6 +228,26 @@ def full_disk(*words: str) -> Callable[[World], int]:
         return world.sft(*words)
 
     return make
+
+
+def failing(name: str) -> Callable[[World], int]:
+    def make(world: World) -> int:
+        def fails(*_: Any) -> None:
+            raise PermissionError(13, 'Permission denied', 'a.json')
+
+        world.set.setattr(name, fails)
+        return push.main([str(world.tmp)])
+
+    return make
+
+
+def unreadable(world: World) -> int:
+    def fails(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, 'Permission denied', 'a.yaml')
+
+    file = write(world.tmp, 'a.yaml', 'a: 1') / 'a.yaml'
+    world.set.setattr(Path, 'read_text', fails)
+    return migrate([str(file)])
 
 
 def away(world: World) -> int:
@@ -448,6 +469,9 @@ PROGRAMS: dict[str, Row] = {
     'an adapter in brackets': (answers('adapter_config.json', DEEP), 'adapter_config.json cannot be read as JSON'),
     'an adapter without weights': (without_adapter, 'holds no adapter weights: neither adapter_model.safetensors nor'),
     'resuming from a folder': (lambda w: w.sft('--resume_from_checkpoint', w.tmp), 'it has no trainer_state.json.'),
+    'resuming from a run folder': (
+        lambda w: w.sft('--resume_from_checkpoint', w.run()), 'It is a run folder: give ',
+    ),
     'resuming from a changed file': (
         lambda w: w.sft('--resume_from_checkpoint', w.checkpoint('adapter_config.json', '{}')),
         'adapter_config.json has 2 bytes, it was written with ',
@@ -485,6 +509,20 @@ PROGRAMS: dict[str, Row] = {
         'sft_args.json: hub is missing or has the wrong type. Restore the file',
     ),
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
+    'pushing without a place to stage': (
+        failing('utils.export.push.push_again'), 'a.json: the push stopped: Permission denied. Correct the permissions',
+    ),
+    'reporting where nothing can be written': (
+        lambda w: ((w.run('proofs.json', '{}') / 'report.html').unlink(missing_ok=True),
+                   (w.tmp / 'run' / 'report.html').mkdir(), report([str(w.tmp / 'run')]))[-1],
+        'report.html: the report cannot be written: Is a directory.',
+    ),
+    'comparing answers without scores': (
+        lambda w: report([str(write(w.tmp, 'a.jsonl', '{"origin": "a", "answer": "b"}') / 'a.jsonl'), str(w.data)]),
+        'a.jsonl: the answers in this file cannot be read (TypeError).',
+    ),
+    'migrating a folder': (lambda w: migrate([str(w.tmp)]), 'this is a folder. Give a YAML file of LLaMA-Factory or'),
+    'migrating what cannot be read': (unreadable, 'a.yaml: the recipe cannot be read: Permission denied. Correct its'),
     'reporting on no run': (lambda w: report([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
     'reporting on other arguments': (
         lambda w: report([str(w.run('sft_args.json', '{}'))]),

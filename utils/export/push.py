@@ -8,6 +8,11 @@ process pushes this folder.
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    from utils.base.ctrl_c import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
 import os
 import shutil
 import sys
@@ -220,6 +225,10 @@ def main(argv: Sequence[str]) -> int:
             push_again(Path(argv[0]))
     except ConfigError as error:
         logger.error('\n'.join(error.problems))
+        return 2
+    except OSError as error:
+        where = error.filename or argv[0]
+        logger.error(f'{where}: the push stopped: {error.strerror}. Correct the permissions, or free disk space.')
         return 2
     return 0
 

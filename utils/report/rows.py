@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
+from utils.base.files import Keys, fits
 from utils.report.page import Markup, page, section, table
 
 # A row is known if its loss per token is below this number of nats.
@@ -20,6 +21,7 @@ KNOWN = 0.1
 CHANGED = 0.1
 # The number of rows of a kind that are named.
 _NAMED = 5
+_ANSWER_KEYS: Keys = {'origin': str, 'answer': str, 'scores': {'*': float}}
 
 Row = dict[str, Any]
 
@@ -85,8 +87,10 @@ def read_answers(file: Path) -> dict[str, Row]:
     """
     try:
         rows = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
+        if not fits(rows, [_ANSWER_KEYS]):
+            raise TypeError('a row has no origin, answer or scores')
         return {row['origin']: {'answer': row['answer'], 'scores': row['scores']} for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f'{file}: the answers in this file cannot be read ({type(error).__name__}). Give a file that '
             'llm_infer.py wrote to --result_path, or run llm_infer.py again to write a new file.'

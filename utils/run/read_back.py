@@ -118,5 +118,5 @@ def read_run(folder: Path) -> RunFiles:
         proofs=read(PROOFS_JSON, dict, _PROOFS_KEYS),
         answers=read_run_answers(folder),
         rows=read_rows(folder),
-        sample=sample.read_text(encoding='utf-8') if sample.is_file() else '',
+        sample=sample.read_text(encoding='utf-8', errors='replace') if sample.is_file() else '',
     )
