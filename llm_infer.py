@@ -170,7 +170,7 @@ def export(done: Ready[InferArguments], weights: Weights) -> None:
     set_template(args, tokenizer)
     images = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
     export_native(model.eval(), tokenizer, Path(str(args.output_dir)), images)
-    logger.info(f'written: {args.output_dir}. Open it with AutoModelForCausalLM or --model_id_or_path.')
+    logger.info(f'written: {args.output_dir}, as {type(model).__name__}. Open it with --model_id_or_path.')
 
 
 @dataclass(frozen=True, kw_only=True)
