@@ -519,7 +519,10 @@ PROGRAMS: dict[str, Row] = {
     ),
     'comparing answers without scores': (
         lambda w: report([str(write(w.tmp, 'a.jsonl', '{"origin": "a", "answer": "b"}') / 'a.jsonl'), str(w.data)]),
-        'a.jsonl: the answers in this file cannot be read (TypeError).',
+        'a.jsonl:1: scores is missing or has the wrong type. Give a file that llm_infer.py wrote',
+    ),
+    'comparing answers with a folder': (
+        lambda w: report([str(w.tmp), str(w.data)]), 'the answers in this file cannot be read (IsADirectoryError).',
     ),
     'migrating a folder': (lambda w: migrate([str(w.tmp)]), 'this is a folder. Give a YAML file of LLaMA-Factory or'),
     'migrating what cannot be read': (unreadable, 'a.yaml: the recipe cannot be read: Permission denied. Correct its'),
