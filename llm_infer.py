@@ -6,6 +6,11 @@ Modules are imported in the function that needs them, so that --help and a wrong
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    from utils.base.ctrl_c import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -165,7 +170,7 @@ def export(done: Ready[InferArguments], weights: Weights) -> None:
     set_template(args, tokenizer)
     images = open_images(model, tokenizer, weights.path, max_pixels=args.max_pixels)
     export_native(model.eval(), tokenizer, Path(str(args.output_dir)), images)
-    logger.info(f'written: {args.output_dir}. Open it with AutoModelForCausalLM or --model_id_or_path.')
+    logger.info(f'written: {args.output_dir}, as {type(model).__name__}. Open it with --model_id_or_path.')
 
 
 @dataclass(frozen=True, kw_only=True)

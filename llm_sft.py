@@ -6,6 +6,11 @@ Modules are imported in the function that needs them, so that --help and a wrong
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    from utils.base.ctrl_c import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
 import sys
 import time
 from collections.abc import Sequence

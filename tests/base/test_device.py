@@ -250,6 +250,33 @@ def test_visible_devices_of_other_kinds_are_counted(monkeypatch: pytest.MonkeyPa
         assert dist.visible_gpus() == 3
 
 
+def test_amd_gpus_are_counted_as_their_driver_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, 'visible_kind', lambda: 'cuda')
+    monkeypatch.setattr(dist, '_AMD_NODES', tmp_path)
+    monkeypatch.setitem(dist._VISIBLE, 'cuda', (dist._VISIBLE['cuda'][0], 'no-such-device*'))
+    for variable in dist._VISIBLE['cuda'][0]:
+        monkeypatch.delenv(variable, raising=False)
+    for node, gpu_id in enumerate(('0', '21224', '4098')):
+        (tmp_path / str(node)).mkdir()
+        (tmp_path / str(node) / 'gpu_id').write_text(f'{gpu_id}\n', encoding='ascii')
+    (tmp_path / '3' / 'gpu_id').mkdir(parents=True)  # cannot be read, as a GPU that is hidden from a container
+    assert dist.visible_gpus() == 2
+
+    monkeypatch.setenv('HIP_VISIBLE_DEVICES', '1')
+    assert dist.visible_gpus() == 1
+
+
+def test_where_the_number_of_gpus_is_unknown_the_processes_are_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, 'visible_kind', lambda: 'cuda')
+    monkeypatch.setattr(dist, '_AMD_NODES', tmp_path)
+    monkeypatch.setitem(dist._VISIBLE, 'cuda', (('NO_SUCH_VARIABLE',), 'no-such-device*'))
+    assert dist.visible_gpus() == 1
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    assert dist.visible_gpus() == 4
+
+
 REFUSED = [
     ('mps', ('--quantization_bit', '4'), '--quantization_bit 4: bitsandbytes does not run on the GPU of a Mac.'),
     ('npu', ('--quantization_bit', '8'), '--quantization_bit 8: bitsandbytes does not run on an Ascend NPU.'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import subprocess
@@ -18,7 +19,7 @@ from tests.support.runs import ROOT, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils import dataset
 from utils.checks import dataset as dataset_check
-from utils.checks.dataset import CONFLICT, DUPLICATE, EMPTY_EARLIER, LEAKED, MOJIBAKE, wrong_order
+from utils.checks.dataset import CONFLICT, DUPLICATE, EMPTY_EARLIER, LEAKED, MOJIBAKE, Findings, wrong_order
 from utils.data.tally import Tally
 from utils.encode.account import row_texts
 from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, REASONING_LEFT_OUT, TOOLS_IGNORED
@@ -55,6 +56,17 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def text(rng: random.Random) -> str:
     return ' '.join(rng.choices(WORDS, k=rng.randint(2, 8))) + f' {rng.getrandbits(40):x}'
+
+
+def test_a_row_with_a_detail_has_its_line() -> None:
+    stream = io.StringIO()
+    findings = Findings('left_out', stream)
+    for place in ('rows.jsonl:3 [x [1].png]', 'rows.jsonl:4', 'a.parquet: row 5 [b.png]', 'my function'):
+        findings.add('bad image', place)
+    records = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(record['file'], record['line'], record.get('detail')) for record in records] == [
+        ('rows.jsonl', 3, 'x [1].png'), ('rows.jsonl', 4, None), ('a.parquet', 5, 'b.png'), ('my function', None, None),
+    ]  # fmt: skip
 
 
 def query_row(rng: random.Random) -> Plain:

@@ -346,3 +346,15 @@ def test_a_missing_library_is_one_line_with_the_interpreter(
     last = done.stderr.strip().splitlines()[-1]
     assert f'not installed for {sys.executable}. To fix it, ' in last
     assert f'{sys.executable} -m pip install -r requirements.txt' in last
+
+
+@pytest.mark.parametrize('words', [['llm_sft.py'], ['llm_infer.py'], ['-m', 'utils.migrate'], ['-m', 'utils.report']])
+def test_ctrl_c_while_a_command_starts_is_one_line(words: list[str], tmp_path: Path) -> None:
+    """A module of this test sends the signal, while the command imports its modules."""
+    sends = 'import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n'
+    (tmp_path / 'difflib.py').write_text(sends, encoding='utf-8')
+    done = subprocess.run(
+        [sys.executable, *words, 'nothing'], capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, 'error: stopped by Ctrl-C\n')

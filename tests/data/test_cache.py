@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -209,6 +210,17 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path, monkeypa
         ConfigError, match='cannot be written: .*Set the environment variable ASSAY_CACHE to another folder'
     ):
         cached_folder('data-x', lambda folder: None)
+
+
+def test_a_source_that_cannot_be_read_is_no_fault_of_the_cache(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match='gone'):
+        cached_folder('data-x', lambda folder: (tmp_path / 'gone').read_text() and None)
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with pytest.raises(ConfigError, match='the cache folder cannot be written: No space left on device'):
+        cached_folder('data-x', full)
 
 
 def test_two_writers_of_one_entry_leave_one(monkeypatch: pytest.MonkeyPatch) -> None:

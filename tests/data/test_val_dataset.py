@@ -94,6 +94,8 @@ def test_names_of_sets_are_safe_and_unique(tmp_path: Path) -> None:
         'sql-demo': 'sql-demo',
         'val/数学.json': '数学',
         'val/math.json': 'math_3',
+        'val/notes.txt': 'notes',
+        'val/guide.MD': 'guide',
     }
     assert dict(zip(words, val_set_names(list(words)), strict=True)) == words
     assert val_set_names(['*.jsonl']) == ['set']

@@ -165,7 +165,7 @@ def test_text_files_are_documents_or_paragraphs(tmp_path: Path) -> None:
     assert len(get_dataset([f'{folder}/*.md'], test_ratio=0).train) == 1
     plan = plan_rows([f'{folder}/'], test_ratio=0)
     assert plan.decisions('last_round') == [
-        'loss is on every token of 2 of 2 rows read because they are plain text: no template is applied, and the end '
+        'loss is on every token of 2 of 3 rows read because they are plain text: no template is applied, and the end '
         'of sequence is added'
     ]
 

@@ -99,6 +99,13 @@ def test_a_model_that_is_not_here_is_planned_without_network(
     assert not list(tmp_path.iterdir()) and sorted(Path.home().rglob('*.safetensors')) == before
 
 
+def test_a_time_under_a_second_on_every_gpu_is_said_once(
+    data_file: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert llm_sft.main([*small_flags(model_dir, data_file, tmp_path), '--dry_run', 'true']) == 0
+    assert capsys.readouterr().out.rstrip().endswith('not measured: under 1 s on each GPU that this fits on')
+
+
 def test_what_would_be_downloaded_is_named_and_not_fetched(
     loopback: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

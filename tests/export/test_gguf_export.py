@@ -18,6 +18,7 @@ from tests.support.runs import ROOT, small_flags, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.export.gguf import _convert, _template_fault
+from utils.export.ollama import NotExpressible, Turns
 from utils.loading.folder import stored_dtype
 from utils.loading.gguf_header import GgufHeader, read_header
 
@@ -139,6 +140,25 @@ def test_weights_that_are_not_read_are_said_not_to_be_compared(merged: Path, che
     says = str(proof(merged)['says'])
     assert 'has the chat template of the merged model; its weights were not compared: ' in says
     assert "GGUF files of architecture 'mamba' are not supported, only llama, qwen2, qwen3, gemma3." in says
+
+
+@pytest.mark.parametrize('system_place', [True, False])
+def test_a_system_message_that_no_line_can_hold_is_named(
+    merged: Path, tmp_path: Path, system_place: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turns(*_: Any, **__: Any) -> tuple[Turns, str]:
+        if system_place:
+            raise NotExpressible('it is odd')
+        return Turns(opening='', before_reply='', after_reply='', before_answer=''), 'says'
+
+    monkeypatch.setattr('utils.export.gguf._ollama_turns', turns)
+    words = ['--ckpt_dir', str(merged), '--gguf', str(tmp_path / 'a.gguf'), '--system', 'say """hi"""']
+    assert llm_infer.main([*words, '--do_sample', 'false']) == 0
+    why = 'the Modelfile has no TEMPLATE, and SYSTEM cannot hold its quotation marks'
+    if not system_place:
+        why = 'the chat template has no place for it'
+    assert f'a.Modelfile has no system message, because {why}: ' in caplog.text
+    assert 'SYSTEM' not in (tmp_path / 'a.Modelfile').read_text()
 
 
 def test_without_a_checkout_the_commands_and_the_modelfile_are_given(

@@ -306,6 +306,23 @@ def test_a_base_model_without_a_template_is_told_of_the_flag(base_dir: Path, pro
     assert 'has no chat template. Name a file with --chat_template, or choose a --template_type: ' in problems()[-1]
 
 
+def test_a_template_of_null_is_none_and_one_in_the_folder_of_further_templates_counts(
+    base_dir: Path, data_file: Path, tmp_path: Path, problems: Found
+) -> None:
+    folder = Path(shutil.copytree(base_dir, tmp_path / 'model'))
+    settings = json.loads((folder / 'tokenizer_config.json').read_text(encoding='utf-8'))
+    settings = json.dumps({**settings, 'chat_template': None})
+    (folder / 'tokenizer_config.json').write_text(settings, encoding='utf-8')
+    words = ['--model_id_or_path', str(folder), '--dataset', str(data_file), '--show_dataset_sample', '1']
+    words += ['--max_new_tokens', '1', '--result_path', str(tmp_path / 'answers.jsonl')]
+    assert llm_infer.main(words) == 2
+    assert 'has no chat template. Name a file with --chat_template' in problems()[-1]
+
+    (folder / 'additional_chat_templates').mkdir()
+    (folder / 'additional_chat_templates' / 'default.jinja').write_text(CHATML, encoding='utf-8')
+    assert llm_infer.main(words) == 0
+
+
 def test_a_wrong_template_ends_both_programs_without_torch(switched_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / 'bad.jinja'
     file.write_text('{{ messages }}\n{% if %}')

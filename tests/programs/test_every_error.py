@@ -27,6 +27,7 @@ from tests.support.tiny_models import make_model, make_tokenizer
 from utils.base.errors import ConfigError
 from utils.cli.arguments import SftArguments
 from utils.export import push
+from utils.migrate.__main__ import main as migrate
 from utils.report.__main__ import main as report
 
 TOKENIZERS = ROOT / 'tests' / 'goldens' / 'tokenizers'
@@ -229,6 +230,26 @@ def full_disk(*words: str) -> Callable[[World], int]:
     return make
 
 
+def failing(name: str) -> Callable[[World], int]:
+    def make(world: World) -> int:
+        def fails(*_: Any) -> None:
+            raise PermissionError(13, 'Permission denied', 'a.json')
+
+        world.set.setattr(name, fails)
+        return push.main([str(world.tmp)])
+
+    return make
+
+
+def unreadable(world: World) -> int:
+    def fails(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, 'Permission denied', 'a.yaml')
+
+    file = write(world.tmp, 'a.yaml', 'a: 1') / 'a.yaml'
+    world.set.setattr(Path, 'read_text', fails)
+    return migrate([str(file)])
+
+
 def away(world: World) -> int:
     world.set.setenv('HF_TOKEN', 'hf-token')
     world.set.setattr('utils.export.push._WAITS', (0,))
@@ -383,7 +404,8 @@ PROGRAMS: dict[str, Row] = {
     'config.json without a type': (opened('config.json', '{}'), 'config.json names no model_type'),
     'a width in words': (lambda w: w.sft(model=config(w, hidden_size='wide')), "'hidden_size' expected int, got str"),
     'quantised by a list': (
-        lambda w: w.sft(model=config(w, quantization_config=[1])), 'cannot be opened: AttributeError',
+        lambda w: w.sft(model=config(w, quantization_config=[1])),
+        'config.json: quantization_config is missing or has the wrong type. Download or copy the file again.',
     ),
     'a language model of no size': (
         lambda w: w.sft(
@@ -422,7 +444,7 @@ PROGRAMS: dict[str, Row] = {
         'the chat template fails: maximum recursion depth exceeded',
     ),
     'an old chat template cut off': (legacy('{'), 'chat_template.json cannot be read as JSON'),
-    'an old chat template of none': (legacy('{}'), "cannot be opened: KeyError: 'chat_template'"),
+    'an old chat template of none': (legacy('{}'), 'has no chat template. Name a file with --chat_template'),
     'no tokenizer': (opened('tokenizer.json', None), 'the tokenizer in '),
     'an empty tokenizer': (opened('tokenizer.json', '{}'), "cannot be opened: KeyError: 'added_tokens'"),
     'a tokenizer without a model': (opened('tokenizer.json', '{"added_tokens": []}'), 'the tokenizer in '),
@@ -437,12 +459,19 @@ PROGRAMS: dict[str, Row] = {
     # a run and its checkpoints
     'arguments are a list': (answers('sft_args.json', '[]'), 'sft_args.json holds a list, but a dict is expected.'),
     'arguments are nothing': (answers('sft_args.json', '{}'), 'has an sft_args.json with content'),
+    'arguments without weights': (
+        answers('sft_args.json', '{"sft_type": "lora", "base_model": {}}'),
+        'sft_args.json: base_model is missing or has',
+    ),
     'arguments are no UTF-8': (answers('sft_args.json', LATIN), 'sft_args.json cannot be read as JSON: '),
     'an adapter cut off': (answers('adapter_model.safetensors', b'1234'), 'The adapter is damaged, or was trained'),
     'an adapter of nothing': (answers('adapter_config.json', '{}'), "KeyError: 'peft_type' The adapter is damaged"),
     'an adapter in brackets': (answers('adapter_config.json', DEEP), 'adapter_config.json cannot be read as JSON'),
     'an adapter without weights': (without_adapter, 'holds no adapter weights: neither adapter_model.safetensors nor'),
     'resuming from a folder': (lambda w: w.sft('--resume_from_checkpoint', w.tmp), 'it has no trainer_state.json.'),
+    'resuming from a run folder': (
+        lambda w: w.sft('--resume_from_checkpoint', w.run()), 'It is a run folder: give ',
+    ),
     'resuming from a changed file': (
         lambda w: w.sft('--resume_from_checkpoint', w.checkpoint('adapter_config.json', '{}')),
         'adapter_config.json has 2 bytes, it was written with ',
@@ -457,6 +486,10 @@ PROGRAMS: dict[str, Row] = {
     ),
     'a lock that is a list': (repeated('[]'), 'lock.json holds a list, but a dict is expected. Give --from_run a run'),
     'a lock of nothing': (repeated('{}'), 'lock.json: command is missing or has the wrong type.'),
+    'a lock of other data': (
+        repeated('{"command": [], "processes": 1, "base_model": {}, "data": {"a": 1}, "versions": {}}'),
+        'lock.json: data is missing or has the wrong type. Give --from_run a run folder',
+    ),
     'a lock that is no UTF-8': (repeated(LATIN), 'lock.json cannot be read as JSON: '),
     'a full disk before the first step': (full_disk(), ': a checkpoint cannot be written: '),
     'a full disk later': (
@@ -471,7 +504,28 @@ PROGRAMS: dict[str, Row] = {
     'pushing without a token': (pushed('', '', **PUSHES), 'Set the environment variable MODELSCOPE_API_TOKEN.'),
     'pushing to a hub that is away': (away, 'To push it again, run python -m utils.export.push '),
     'pushing a broken outcome': (pushed('run.json', '{', **PUSHES), 'run.json cannot be read as JSON: Expecting'),
+    'pushing without a hub': (
+        pushed('', '', **{**PUSHES, 'hub': None}),
+        'sft_args.json: hub is missing or has the wrong type. Restore the file',
+    ),
     'pushing a list': (lambda w: push.main([str(w.run('sft_args.json', '[]'))]), 'sft_args.json holds a list'),
+    'pushing without a place to stage': (
+        failing('utils.export.push.push_again'), 'a.json: the push stopped: Permission denied. Correct the permissions',
+    ),
+    'reporting where nothing can be written': (
+        lambda w: ((w.run('proofs.json', '{}') / 'report.html').unlink(missing_ok=True),
+                   (w.tmp / 'run' / 'report.html').mkdir(), report([str(w.tmp / 'run')]))[-1],
+        'report.html: the report cannot be written: Is a directory.',
+    ),
+    'comparing answers without scores': (
+        lambda w: report([str(write(w.tmp, 'a.jsonl', '{"origin": "a", "answer": "b"}') / 'a.jsonl'), str(w.data)]),
+        'a.jsonl:1: scores is missing or has the wrong type. Give a file that llm_infer.py wrote',
+    ),
+    'comparing answers with a folder': (
+        lambda w: report([str(w.tmp), str(w.data)]), 'the answers in this file cannot be read (IsADirectoryError).',
+    ),
+    'migrating a folder': (lambda w: migrate([str(w.tmp)]), 'this is a folder. Give a YAML file of LLaMA-Factory or'),
+    'migrating what cannot be read': (unreadable, 'a.yaml: the recipe cannot be read: Permission denied. Correct its'),
     'reporting on no run': (lambda w: report([str(w.tmp)]), 'Give a run folder, output/<model>/vN-<time>.'),
     'reporting on other arguments': (
         lambda w: report([str(w.run('sft_args.json', '{}'))]),
@@ -479,6 +533,26 @@ PROGRAMS: dict[str, Row] = {
     ),
     'reporting on a broken outcome': (
         lambda w: report([str(w.run('run.json', LATIN))]), 'run.json cannot be read',
+    ),
+    'reporting on other versions': (
+        lambda w: report([str(w.run('run.json', '{"versions": []}'))]),
+        'run.json: versions is missing or has the wrong type. Move or delete the file.',
+    ),
+    'reporting on other steps': (
+        lambda w: report([str(w.run('history.json', '[{"loss": 1.0}]'))]),
+        'history.json, entry 1: step is missing or has the wrong type.',
+    ),
+    'reporting on other proofs': (
+        lambda w: report([str(w.run('proofs.json', '{"merge": true}'))]),
+        'proofs.json: merge is missing or has the wrong type.',
+    ),
+    'reporting on other answers': (
+        lambda w: report([str(w.run('answers.json', '["a"]'))]),
+        'answers.json, entry 1: it is a str, but a dict is expected.',
+    ),
+    'reporting on other rows': (
+        lambda w: report([str(w.run('rows.jsonl', '{"loss_before": 1}'))]),
+        'rows.jsonl:1: origin is missing or has the wrong type. Move or delete it',
     ),
     'comparing with a list': (
         lambda w: report([str(w.run('history.json', '{}')), str(w.first)]),

@@ -207,6 +207,10 @@ def test_names_that_peft_would_put_on_the_experts_are_not_put_there(caplog: pyte
     assert 'ALL puts no LoRA on the linear layers down_proj, gate_proj, up_proj' in caplog.text
     with pytest.raises(ConfigError, match='up_proj: PEFT cannot put LoRA on these linear layers of Qwen3Next'):
         find_targets(model, ['q_proj', 'up_proj'])
+    with pytest.raises(ConfigError, match='up_proj: PEFT cannot put LoRA on these linear layers of Qwen3Next'):
+        find_targets(model, ['q_proj', r're:.*\.up_proj'])
+    with pytest.raises(ConfigError, match='matches the whole path of no linear layer'):
+        find_targets(model, ['q_proj', r're:.*\.up_projection'])
     for key in PLAIN:
         config = prepare_model(make_modern(key), SftArguments(lora_target_modules=['ALL'])).peft_config['default']
         assert not config.target_parameters, key

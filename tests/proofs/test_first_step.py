@@ -88,6 +88,33 @@ def test_a_memory_error_without_a_word_is_told_too(
     assert said in message
 
 
+def test_the_batch_that_does_not_fit_is_described(
+    run_sft: Run, tmp_path: Path, problems: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch with the most loss fails, and not that of the longest rows."""
+    from utils.proofs.first_step import FirstStepGate
+
+    rows = [{'query': 'q', 'response': 'a'} for _ in range(8)]
+    rows[0:2] = [{'query': f'{i} ' + 'long ' * 60, 'response': 'a'} for i in range(2)]
+    rows[2:4] = [{'query': f'{i}', 'response': 'a ' * 20} for i in range(2)]
+    tried = FirstStepGate._forward_backward
+
+    def limited(self: FirstStepGate, rows: list[dict[str, Any]], *, exchanges: bool) -> str | None:
+        has_much_loss = len(rows) > 1 and all(row['trained'][1] - row['trained'][0] > 15 for row in rows)
+        return 'no memory.' if has_much_loss else tried(self, rows, exchanges=exchanges)
+
+    monkeypatch.setattr(FirstStepGate, '_forward_backward', limited)
+    data = write_jsonl(tmp_path / 'rows.jsonl', rows)
+    run_sft('--dataset', str(data), '--dataset_test_ratio', '0', expect=2)
+    (message,) = problems()
+    found = re.search(r'the heaviest batch \(2 rows of up to (\d+) tokens\) does not fit', message)
+    assert found is not None and 20 < int(found[1]) < 60, message
+    assert (
+        f'--batch_size 1: fits; --gradient_checkpointing true: does not fit; --max_length {int(found[1]) // 2}: '
+        in (message)
+    )
+
+
 @pytest.mark.slow
 def test_memory_that_does_not_suffice_shows_at_once_with_what_would(
     run_sft: Run,

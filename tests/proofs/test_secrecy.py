@@ -135,6 +135,27 @@ def test_deepspeeds_own_state_is_excepted_and_named(tmp_path: Path) -> None:
     assert '1 files with the state of DeepSpeed are excepted' in proof['says']
 
 
+def test_kinds_are_named_with_the_first_three_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Path, 'home', lambda: Path('/home/ann'))
+    for number in range(5):
+        (tmp_path / f'{number}.txt').write_text('/home/ann/models/own/x.json')
+    prove_secrecy(tmp_path, SftArguments())
+    kind = 'a path of your home folder'
+    places = '; '.join(f'{number}.txt: {kind}' for number in range(3))
+    assert f'the run folder contains {kind}: {places}; and 2 more. Remove these before you share' in caplog.text
+    proof = json.loads((tmp_path / 'proofs.json').read_text())['secrecy']
+    assert len(proof['found']) == 5 and not proof['passed']
+
+
+def test_the_path_of_an_own_entry_counts_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, 'home', lambda: Path('/home/ann'))
+    (tmp_path / 'a.txt').write_text('/home/ann/models/own/x.json')
+    prove_secrecy(tmp_path, SftArguments(model_type='own'), ['/home/ann/models/own'])
+    assert json.loads((tmp_path / 'proofs.json').read_text())['secrecy']['passed']
+
+
 PATHS = [
     (b'/home/ann/data.json', True),
     (b'see "/home/ann/data.json", line 3', True),

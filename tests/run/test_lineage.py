@@ -177,7 +177,7 @@ def test_the_lineage_is_recorded_shown_and_repeated(
     lineage = {'path': '~/stage-1/checkpoint-6', 'sha256': sha256, 'run': 'stage-1', 'base': 'checked'}
     assert json.loads((run / 'lock.json').read_text())['adapter'] == lineage
     assert RunRecord.read(run / 'checkpoint-3').lineage == lineage
-    assert f'from the adapter ~/stage-1/checkpoint-6 (sha256 {sha256[:12]})' in (run / 'report.html').read_text()
+    assert f'from the adapter ~/stage-1/checkpoint-6 (sha256 {sha256[:12]}...)' in (run / 'report.html').read_text()
     assert json.loads((run / 'proofs.json').read_text())['secrecy']['passed']
     progress = {'step': 3, 'log_history': [], 'data': {}}
     card = model_card('a', RunRecord.read(run), progress, [])
@@ -299,6 +299,15 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     'other kind': (lambda f: change_config(f, peft_type='IA3'), 'is an adapter of the kind IA3, and only LoRA'),
     'rank pattern': (
         lambda f: change_config(f, rank_pattern={'q_proj': 2}), 'adapter_config.json sets rank_pattern, which no flag',
+    ),
+    'no rank': (lambda f: change_config(f, r=None), 'adapter_config.json: r is missing or has the wrong type. Give'),
+    'no alpha': (lambda f: change_config(f, lora_alpha='16'), 'adapter_config.json: lora_alpha is missing or has the'),
+    'layers of another type': (
+        lambda f: change_config(f, target_modules=[1]), 'adapter_config.json: target_modules is missing or has',
+    ),
+    'a flag of another type': (
+        lambda f: (f / 'sft_args.json').write_text('{"sft_type": "lora", "lora_rank": "8"}'),
+        'sft_args.json: lora_rank is missing or has the wrong type. Put back the file that the run wrote.',
     ),
     'damaged record': (lambda f: (f / 'sft_args.json').write_text('{'), 'sft_args.json cannot be read as JSON'),
     'a part': (

@@ -193,7 +193,7 @@ def test_what_a_killed_run_left_half_written_is_named(run_sft: Run, caplog: pyte
     assert f'{run / ".checkpoint-9.partial"} was being written when that run ended' in caplog.text
     assert json.loads((run / 'proofs.json').read_text())['checkpoints'] == {
         'passed': True, 'pickled_by_deepspeed': [],
-        'says': 'checkpoint-3 was renamed into place once it was complete on disk, with the sha256 of each file',
+        'says': 'checkpoint-3 was renamed into place once it was complete on disk, with the sha256 of its files',
     }  # fmt: skip
 
 

@@ -161,7 +161,10 @@ def test_two_files_of_answers_are_compared_row_by_row(tmp_path: Path, capsys: py
     assert 'no row has the same kind of score in both' in capsys.readouterr().err
     broken = write_jsonl(tmp_path / 'broken.jsonl', [{'query': 'a'}])
     assert main([str(before), str(broken)]) == 2
-    assert 'the answers in this file cannot be read (KeyError)' in capsys.readouterr().err
+    assert (
+        'broken.jsonl:1: origin is missing or has the wrong type. Give a file that llm_infer.py wrote'
+        in capsys.readouterr().err
+    )
     assert main([str(before), str(tmp_path / 'gone.jsonl')]) == 2
     assert f'{tmp_path}/gone.jsonl: the answers in this file cannot be read' in capsys.readouterr().err
     assert main([str(before), str(after), '--html', str(tmp_path)]) == 2

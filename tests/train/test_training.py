@@ -166,6 +166,21 @@ def test_longest_rows_come_first_when_memory_is_tested(run_sft: Run, tmp_path: P
     assert (run / 'checkpoint-1').is_dir()
 
 
+def test_the_fullest_packs_come_first_when_memory_is_tested() -> None:
+    from utils.cli.arguments import SftArguments
+    from utils.data.encoded_rows import EncodedRows
+    from utils.data.packing import PackedRows
+    from utils.encode.encoded import Encoded
+    from utils.train.trainer import _arranged
+
+    rows = EncodedRows()
+    for n in (1, 8, 8, 3, 6, 5):
+        rows.append(Encoded(input_ids=[7] * n, trained=(0, n), prompt_length=0))
+    assert PackedRows(rows, 9).lengths() == [9, 8, 9, 5]
+    args = SftArguments(packing=True, max_length=9, test_oom_error=True)
+    assert _arranged(rows, args, 0).lengths() == [9, 9, 8, 5]
+
+
 @pytest.mark.slow
 def test_only_save_model_leaves_nothing_to_resume(run_sft: Run, problems: Callable[[], list[str]]) -> None:
     run = run_sft('--only_save_model', 'true', '--max_steps', '1')

@@ -5,6 +5,7 @@ The total size of the cache is limited.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ _SUMS = 'sha256.json'
 _TEMPORARY = '.aside-'
 _DEFAULT_GIB = 20.0
 _DAY_SECONDS = 86400
+# The errors of a write that name no file: the disk or the quota is full, or the file is too large.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_dir() -> Path:
@@ -41,7 +44,8 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
 
     `make` writes the files to a temporary folder, which is then renamed. So no process sees an incomplete folder. If
     all folders of the same kind together then exceed $ASSAY_CACHE_GIB (default 20), the least recently used ones are
-    removed. Raises ConfigError if the cache cannot be written, or if $ASSAY_CACHE_GIB is not a number.
+    removed. Raises ConfigError if the cache cannot be written, or if $ASSAY_CACHE_GIB is not a number. Any other error
+    of `make` is raised unchanged, for example if it cannot read a file.
     """
     target = cache_dir() / name
     if _is_whole(target):
@@ -64,11 +68,22 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
         _remove_surplus(target)
     except OSError as error:
+        if not _is_of_cache(error, target.parent):
+            raise
         raise ConfigError(
             f'{target.parent}: the cache folder cannot be written: {error.strerror}. '
             'Set the environment variable ASSAY_CACHE to another folder.'
         ) from error
     return target
+
+
+def _is_of_cache(error: OSError, folder: Path) -> bool:
+    """Return whether an error names a file in the cache. An error of a full disk names no file, and counts too."""
+    if error.filename is None:
+        return error.errno in _FULL
+    named = Path(os.fsdecode(error.filename)).absolute()
+    own = folder.absolute()
+    return own.is_relative_to(named) or named.is_relative_to(own)
 
 
 def _sha256(file: Path) -> str:

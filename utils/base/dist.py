@@ -27,12 +27,14 @@ T = TypeVar('T')
 
 # NVIDIA on Linux, NVIDIA under WSL, and ROCm. The torch build for ROCm uses RCCL under the name 'nccl'.
 _GPU_DEVICE_FILES = ('/dev/nvidiactl', '/dev/dxg', '/dev/kfd')
-# For each kind of device: the environment variable that lists the visible devices, and the device files.
+# For each kind of device: the environment variables that list the visible devices, and the device files.
 _VISIBLE = {
-    'cuda': ('CUDA_VISIBLE_DEVICES', 'nvidia[0-9]*'),
-    'xpu': ('ZE_AFFINITY_MASK', 'dri/renderD*'),
-    'npu': ('ASCEND_RT_VISIBLE_DEVICES', 'davinci[0-9]*'),
+    'cuda': (('CUDA_VISIBLE_DEVICES', 'HIP_VISIBLE_DEVICES', 'ROCR_VISIBLE_DEVICES'), 'nvidia[0-9]*'),
+    'xpu': (('ZE_AFFINITY_MASK',), 'dri/renderD*'),
+    'npu': (('ASCEND_RT_VISIBLE_DEVICES',), 'davinci[0-9]*'),
 }
+# The driver of AMD lists processors and GPUs here. In the file gpu_id, the id of a processor is 0.
+_AMD_NODES = Path('/sys/class/kfd/kfd/topology/nodes')
 # The backend of torch.distributed for each kind of device.
 _BACKENDS = {'cuda': 'nccl', 'xpu': 'xccl', 'npu': 'hccl', 'mps': 'gloo', 'cpu': 'gloo'}
 
@@ -97,18 +99,27 @@ def default_backend() -> str:
 def visible_gpus() -> int:
     """Return how many GPUs this process may use.
 
-    An environment variable such as CUDA_VISIBLE_DEVICES lists them. Without this variable, device files are counted. If
-    the device files do not show the number (AMD GPUs, WSL and Windows), 1 is returned.
+    An environment variable such as CUDA_VISIBLE_DEVICES lists them. Without this variable, device files are counted,
+    and for AMD the GPUs that its driver lists. WSL and Windows show no number without torch. There, the number of
+    processes on this machine is returned. start_processes compares it with the number that torch finds.
     """
     kind = visible_kind()
     if kind in ('cpu', 'mps'):
         return int(kind == 'mps')
 
-    variable, files = _VISIBLE[kind]
-    listed = os.environ.get(variable)
-    if listed is not None:
-        return len([name for name in listed.split(',') if name.strip() not in ('', '-1')])
-    return len(list(Path('/dev').glob(files))) or 1
+    variables, files = _VISIBLE[kind]
+    if listed := [os.environ[variable] for variable in variables if variable in os.environ]:
+        return min(len([name for name in names.split(',') if name.strip() not in ('', '-1')]) for names in listed)
+    return len(list(Path('/dev').glob(files))) or _amd_gpus(_AMD_NODES) or local_world_size()
+
+
+def _amd_gpus(nodes: Path) -> int:
+    """Return how many GPUs the driver of AMD lists in the folder `nodes`. GPUs hidden from a container do not count."""
+    count = 0
+    for file in nodes.glob('*/gpu_id'):
+        with contextlib.suppress(OSError):  # the GPU is hidden from this container
+            count += file.read_text(encoding='ascii').strip() != '0'
+    return count
 
 
 def own_gpus(gpus: int) -> range:

@@ -132,9 +132,12 @@ class Findings(Tally):
             examined = row or place  # the path of an image may follow it in brackets
             self.found.add(examined.rpartition(' [')[0] if examined.endswith(']') else examined)
 
-        match = re.fullmatch(r'(.*?):(?: row | object )?(\d+)', place)
+        # A row can have a detail, for example the image that cannot be read: rows.jsonl:3 [x.png].
+        match = re.fullmatch(r'(.*?):(?: row | object )?(\d+)(?: \[(.*)\])?', place, flags=re.DOTALL)
         file, line = (match[1], int(match[2])) if match else (place, None)
         record = {'kind': self.kind, 'reason': reason, 'file': file, 'line': line, 'column': column}
+        if match and match[3]:
+            record['detail'] = match[3]
         if of:
             record['of'] = of
         self.stream.write(json.dumps(record, ensure_ascii=False) + '\n')

@@ -36,7 +36,7 @@ from utils.formats.hub_files import HubFiles
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES
 from utils.loading.chat_template import folder_templates, read_chat_template
-from utils.loading.folder import check_model_dir, has_chat_template, stored_quantization
+from utils.loading.folder import check_model_dir, stored_quantization
 from utils.loading.info import ModelInfo
 from utils.loading.template_settings import setting_names, settings_problems
 from utils.preprocess import AUTO, TEMPLATE_MAPPING
@@ -142,8 +142,14 @@ def _settle_model_directory(done: Resolution[Any], info: ModelInfo, directory: P
     for problem in quantized_problems(done.args, done.info):
         done.problems.add(problem)
     args = done.args
-    lacks_template = args.chat_template is None and not has_chat_template(directory)
-    if args.template_type == AUTO and lacks_template and _needs_template(args):
+    if args.template_type != AUTO or args.chat_template is not None:
+        return
+    try:
+        templates = folder_templates(directory)
+    except ConfigError as error:
+        done.problems.add(error.problems[0])
+        return
+    if not templates and _needs_template(args):
         names = ', '.join(name for name in TEMPLATE_MAPPING if name != AUTO)
         done.problems.add(
             f'{directory} has no chat template. Name a file with --chat_template, or choose a --template_type: {names}.'

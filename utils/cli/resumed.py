@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from utils.base import dist
-from utils.base.checkpoint import DEEPSPEED_STATES, OPTIMIZER_STATE, all_checkpoints, damage, partial_name
+from utils.base.checkpoint import (
+    DEEPSPEED_STATES,
+    OPTIMIZER_STATE,
+    all_checkpoints,
+    damage,
+    last_checkpoint,
+    partial_name,
+)
 from utils.base.errors import Problems
-from utils.base.files import read_json
 from utils.cli.arguments import SftArguments
-from utils.loading.folder import is_adapter
+from utils.loading.folder import is_adapter, read_adapter_config
 
 TRAINER_STATE = 'trainer_state.json'
-ADAPTER_CONFIG = 'adapter_config.json'
 _GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/checkpoint-N, or the word last.'
 
 
@@ -35,7 +40,9 @@ def check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> No
     if not checkpoint.is_dir():
         problems.add(f'{given} is not a directory. {_GIVE_CHECKPOINT}')
     elif not (checkpoint / TRAINER_STATE).is_file():
-        problems.add(f'{given} is not a checkpoint: it has no {TRAINER_STATE}. {_GIVE_CHECKPOINT}')
+        newest = last_checkpoint(checkpoint)
+        remedy = f'It is a run folder: give {newest}.' if newest else _GIVE_CHECKPOINT
+        problems.add(f'{given} is not a checkpoint: it has no {TRAINER_STATE}. {remedy}')
     elif dist.local_rank() == 0 and (problem := damage(checkpoint)):
         intact = [p for p in all_checkpoints(checkpoint.parent) if p != checkpoint and damage(p) is None]
         if intact:
@@ -71,7 +78,7 @@ def _check_resumed_adapter(checkpoint: Path, args: SftArguments, problems: Probl
 
     The target modules are compared later, when the model is open.
     """
-    config = read_json(checkpoint / ADAPTER_CONFIG, remedy=_GIVE_CHECKPOINT)
+    config = read_adapter_config(checkpoint, remedy=_GIVE_CHECKPOINT)
     found = {
         'lora_rank': config.get('r'),
         'use_dora': config.get('use_dora', False),

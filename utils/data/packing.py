@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,13 @@ class PackedRows:
         """Return the number of tokens of each pack."""
         lengths = self.rows.lengths()
         return [sum(lengths[i] for i in pack) for pack in self.packs]
+
+    def longest_first(self) -> PackedRows:
+        """Return the same packs, those with the most tokens first."""
+        made = copy.copy(self)
+        lengths = self.lengths()
+        made.packs = [self.packs[i] for i in sorted(range(len(self)), key=lambda i: -lengths[i])]
+        return made
 
     def origin(self, index: int) -> str:
         """Return where the row with this index came from. The index is of a row, not of a pack."""

@@ -68,7 +68,7 @@ class Plan:
             rows += part.rows_with_earlier
 
         decided = [*remarks_of([self.parts]), *self.drawn]
-        total = sum(len(part.uses) for part in self.parts)
+        total = sum(len(part.uses) + len(part.unusable) for part in self.parts)
         if texts := sum(part.text_rows for part in self.parts):
             decided.append(
                 f'loss is on every token of {texts} of {total} rows read because they are plain text: no template is '

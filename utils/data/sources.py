@@ -153,7 +153,7 @@ def _hub_files(name: str) -> HubFiles | None:
     # The first data sets of Hugging Face have no owner.
     if not has_owner and prefix != 'hf':
         return None
-    if prefix is None and (Path(name).exists() or (name.lower().endswith(SUFFIXES) and not match['part'])):
+    if prefix is None and (Path(name).exists() or (name.lower().endswith(_ALL_SUFFIXES) and not match['part'])):
         return None
     return HubFiles(
         word=name,
@@ -169,7 +169,7 @@ def shadowed_id(source: Source) -> str | None:
     """Return the name of a local data set if the name could also be the id of a data set on a hub, else None."""
     match = _HUB_WORD.fullmatch(source.name)
     is_id = source.path is not None and match is not None and '/' in match['id'] and source.path.exists()
-    return source.name if is_id and not source.name.lower().endswith(SUFFIXES) else None
+    return source.name if is_id and not source.name.lower().endswith(_ALL_SUFFIXES) else None
 
 
 def not_found_remedy(source: Source) -> str:
@@ -385,6 +385,6 @@ def val_set_names(words: Sequence[str]) -> list[str]:
 
 
 def _without_suffix(name: str) -> str:
-    longest_first = sorted(SUFFIXES, key=len, reverse=True)
+    longest_first = sorted(_ALL_SUFFIXES, key=len, reverse=True)
     suffix = next((suffix for suffix in longest_first if name.lower().endswith(suffix)), '')
     return name[: len(name) - len(suffix)]

@@ -25,6 +25,7 @@ from utils.loading.layers import named_by, what_all_adds
 from utils.loading.weights import find_on_hub
 from utils.run.processes import leave_out_unused, start_processes
 
+_SHORT = 'under 1 s'
 _ITEMS = ('weights', 'adapter', 'gradients', 'optimizer', 'activations', 'logits', 'peak')
 
 
@@ -254,9 +255,10 @@ def _time(shape: Shape, mode: Mode, work: Work) -> list[str]:
 
     total = flops(shape, mode, work.tokens)
     fits = gpus_that_fit(shape, mode, work.batch)
-    each = ', '.join(
-        f'{name} {_clock(seconds(total, tera, mode.processes))}' for name, _, tera in known_gpus() if name in fits
-    )
+    times = {name: _clock(seconds(total, tera, mode.processes)) for name, _, tera in known_gpus() if name in fits}
+    each = ', '.join(f'{name} {time}' for name, time in times.items())
+    if len(times) > 1 and set(times.values()) == {_SHORT}:
+        each = f'{_SHORT} on each GPU that this fits on'
     bound = '' if work.counted else 'at most '
     return [
         f'{total:.3g} floating-point operations for {bound}{work.tokens:,} tokens',
@@ -266,7 +268,7 @@ def _time(shape: Shape, mode: Mode, work: Work) -> list[str]:
 
 def _clock(value: float) -> str:
     if value < 1:
-        return 'under 1 s'
+        return _SHORT
     if value < 60:
         return f'{value:.0f} s'
     if value < 3600:

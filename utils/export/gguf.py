@@ -288,12 +288,14 @@ def _write_modelfile(
     yet. If a Modelfile with a different text exists, it is renamed to <name>.old.
     """
     note = ''
+    lost = ''
     system = encoder.system
     template: str | None = None
     try:
         turns, sentence = _ollama_turns(folder, encoder, rows, header)
         if system and (turns.before_system is None or not fits_modelfile(system)):
             # The SYSTEM line cannot hold this message, so TEMPLATE prints it.
+            lost = 'the chat template has no place for it' if turns.before_system is None else ''
             turns, system = _with_default_system(turns, system), None
         template = turns.go_template()
     except NotExpressible as error:
@@ -301,6 +303,13 @@ def _write_modelfile(
         note = (
             f'TEMPLATE is left out, because Ollama cannot express the chat template: {error}.\n'
             'Ollama takes a template of its own if one resembles the chat template. Otherwise it sends the bare text.'
+        )
+        if system and not fits_modelfile(system):
+            lost = 'the Modelfile has no TEMPLATE, and SYSTEM cannot hold its quotation marks'
+            system = None
+    if lost:
+        logger.warning(
+            f'{gguf.with_suffix(".Modelfile").name} has no system message, because {lost}: {encoder.system!r}'
         )
 
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

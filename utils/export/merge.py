@@ -7,7 +7,6 @@ folder gets its final name.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from utils.loading.save import add_end_token
 from utils.loading.tensor_ranges import SUFFIX
 from utils.model import load_model, load_tokenizer
 from utils.proofs.template import probes
+from utils.run.read_back import read_run_answers
 from utils.run.record import ANSWERS_JSON, RunRecord, record_proof
 
 if TYPE_CHECKING:
@@ -75,11 +75,14 @@ def probe_logits(
 
 def user_rows(run_dir: Path) -> list[Row]:
     """Return the rows for which the run generated answers for its report. Without answers.json the list is empty."""
-    file = run_dir / ANSWERS_JSON
-    answers = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
     return [
-        Row(messages=a['messages'], is_text='beginning' in a, tools=a['tools'], origin=f'{file}:{n}')
-        for n, a in enumerate(answers, 1)
+        Row(
+            messages=row['messages'],
+            is_text='beginning' in row,
+            tools=row.get('tools'),
+            origin=f'{run_dir / ANSWERS_JSON}:{number}',
+        )
+        for number, row in enumerate(read_run_answers(run_dir), 1)
     ]
 
 

@@ -8,6 +8,11 @@ process pushes this folder.
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    from utils.base.ctrl_c import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
 import os
 import shutil
 import sys
@@ -18,9 +23,10 @@ from typing import Any
 
 from utils.base.checkpoint import all_checkpoints
 from utils.base.errors import ConfigError
-from utils.base.files import read_json, write_json
+from utils.base.files import Keys, check_keys, read_json, write_json
 from utils.base.leak_scan import scan_for_push
 from utils.base.logger import logger, set_up_logging
+from utils.base.names import SFT_ARGS
 from utils.export.model_card import model_card
 from utils.hub import snapshot as hub
 from utils.hub.clients import TOKEN_VARIABLES, DeniedError, GoneError
@@ -41,6 +47,18 @@ CURVES = ('loss', 'eval_loss', 'eval_rouge-l')
 _WAITS = (5, 30)
 _STAGED = '.push'
 _DAMAGED = 'Restore the file that the run wrote.'
+# The types of what is read from the files of a run.
+_DATA_KEYS = (None, {'train': (None, {'rows': float | None}), 'validation': (None, {'rows': float | None})})
+_OUTCOME_KEYS: Keys = {'best_checkpoint': str | None, 'data': _DATA_KEYS}
+_STATE_KEYS: Keys = {'global_step': int, 'log_history': [{'step': float}]}
+_PROGRESS_KEYS: Keys = {'step': int, 'log_history': [{'step': float}], 'data': _DATA_KEYS}
+_HUB_KEYS: Keys = {
+    'hub': str,
+    'hub_model_id': str | None,
+    'hub_private_repo': bool,
+    'push_hub_strategy': str,
+    'base_model': {'id': str, 'sha256': str, 'covers': str},
+}
 
 
 def folder_in_repo(strategy: str, checkpoint: str) -> str:
@@ -82,6 +100,14 @@ def unstage(folder: Path) -> None:
     folder.with_suffix('.json').unlink(missing_ok=True)
 
 
+def _record(run_dir: Path) -> RunRecord:
+    """Return the record of a run. Raises ConfigError if the record does not say how the run is pushed."""
+    record = read_run_record(run_dir)
+    found = {**record.flags, 'base_model': record.base_model}
+    check_keys(found, _HUB_KEYS, str(run_dir / SFT_ARGS), remedy=_DAMAGED)
+    return record
+
+
 def push_one(run_dir: Path, folder: Path) -> None:
     """Push a staged folder with a model card, and delete the folder.
 
@@ -91,9 +117,9 @@ def push_one(run_dir: Path, folder: Path) -> None:
     Raises ConfigError if there is no token, if a secret or a pickle is found, or if the last push fails. In these cases
     the folder is kept.
     """
-    record = read_run_record(run_dir)
+    record = _record(run_dir)
     flags = record.flags
-    progress = read_json(folder.with_suffix('.json'), remedy=_DAMAGED)
+    progress = read_json(folder.with_suffix('.json'), keys=_PROGRESS_KEYS, remedy=_DAMAGED)
     token = hub.find_token(None, flags['hub'])
     if token is None:
         raise ConfigError(
@@ -142,7 +168,7 @@ def push_one(run_dir: Path, folder: Path) -> None:
 def _outcome(run_dir: Path) -> dict[str, Any]:
     """Return the content of run.json. Returns an empty dict if the run has not ended."""
     file = run_dir / RUN_JSON
-    return read_json(file, remedy=_DAMAGED) if file.is_file() else {}
+    return read_json(file, keys=_OUTCOME_KEYS, remedy=_DAMAGED) if file.is_file() else {}
 
 
 def _promised(run_dir: Path, record: RunRecord) -> list[Path]:
@@ -162,7 +188,7 @@ def push_again(run_dir: Path) -> None:
     Raises ConfigError if the run has no repository or no checkpoint, or if a push fails. The folders after a failed
     push are not pushed.
     """
-    record = read_run_record(run_dir)
+    record = _record(run_dir)
     if not record.flags.get('hub_model_id'):
         raise ConfigError(
             f'{run_dir}: the run has no repository, because it was trained without --push_to_hub true. '
@@ -173,7 +199,7 @@ def push_again(run_dir: Path) -> None:
     if not folders:
         run = _outcome(run_dir)
         for checkpoint in _promised(run_dir, record):
-            state = read_json(checkpoint / 'trainer_state.json', remedy=_DAMAGED)
+            state = read_json(checkpoint / 'trainer_state.json', keys=_STATE_KEYS, remedy=_DAMAGED)
             progress = {'step': state['global_step'], 'log_history': state['log_history'], 'data': run.get('data')}
             folders.append(stage(run_dir, checkpoint, strategy=record.flags['push_hub_strategy'], progress=progress))
     if not folders:
@@ -199,6 +225,10 @@ def main(argv: Sequence[str]) -> int:
             push_again(Path(argv[0]))
     except ConfigError as error:
         logger.error('\n'.join(error.problems))
+        return 2
+    except OSError as error:
+        where = error.filename or argv[0]
+        logger.error(f'{where}: the push stopped: {error.strerror}. Correct the permissions, or free disk space.')
         return 2
     return 0
 

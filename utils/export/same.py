@@ -88,7 +88,8 @@ def compare(merged: Path, base: Path) -> Comparison:
     """
     stated: Mapping[str, Any] = {'tensors': {}, 'files': {}}
     if (merged / MERGE_JSON).is_file():
-        stated = {**stated, **read_json(merged / MERGE_JSON)}
+        keys = {'tensors': {'*': str}, 'files': {'*': str | None}}
+        stated = read_json(merged / MERGE_JSON, keys=keys)
 
     made = Comparison()
     _compare_tensors(made, tensor_ranges(merged), tensor_ranges(base), stated['tensors'])

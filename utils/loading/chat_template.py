@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
-from utils.base.files import read_json
+from utils.base.files import Keys, read_json
 from utils.base.logger import logger
 from utils.loading.gguf import is_gguf
 from utils.loading.gguf_header import read_header
@@ -23,6 +23,7 @@ TEMPLATE_FILE = 'chat_template.jinja'
 _FURTHER = 'additional_chat_templates'
 # The files that may have the template in a key. Processors of 2024 stored it in the second file.
 _WITH_KEY = ('tokenizer_config.json', 'chat_template.json')
+_KEYS: Keys = {'chat_template': (None, str, {'*': str}, [{'name': str, 'template': str}])}
 # Texts that are control tokens in most vocabularies.
 _MARKER = re.compile(r'<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|<\w+_of_\w+>')
 
@@ -41,13 +42,13 @@ def folder_templates(folder: Path) -> Templates | None:
         return found['default'] if list(found) == ['default'] else found
 
     for file in (folder / name for name in _WITH_KEY):
-        stored = read_json(file).get('chat_template') if file.is_file() else None
+        stored = read_json(file, keys=_KEYS).get('chat_template') if file.is_file() else None
         if isinstance(stored, dict):
-            return {str(name): str(source) for name, source in stored.items()}
+            return stored
         if isinstance(stored, str):
             return stored or None
         if isinstance(stored, list) and stored:
-            return {str(entry['name']): str(entry['template']) for entry in stored}
+            return {entry['name']: entry['template'] for entry in stored}
     return None
 
 

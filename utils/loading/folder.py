@@ -6,9 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
-from utils.base.files import read_json
+from utils.base.files import Keys, check_keys, read_json
 from utils.loading.gguf import gguf_problem, is_gguf
-from utils.loading.gguf_header import read_header
+
+ADAPTER_CONFIG = 'adapter_config.json'
+_COPY_AGAIN = 'Copy the adapter again.'
+_CONFIG_KEYS: Keys = {
+    'model_type': str | None,
+    'text_config': dict | None,
+    'vision_config': dict | None,
+    'quantization_config': dict | None,
+}
+_ADAPTER_KEYS: Keys = {
+    'peft_type': str | None,
+    'target_modules': str | list[str] | None,
+    'target_parameters': list[str] | None,
+    'modules_to_save': list[str] | None,
+    'trainable_token_indices': ({'*': list[int]}, list[int], None),
+    'base_model_name_or_path': str | None,
+    'use_dora': bool | None,
+    'use_rslora': bool | None,
+}
+_LORA_KEYS: Keys = {'r': int, 'lora_alpha': float}
 
 
 def check_model_dir(model_dir: Path) -> str | None:
@@ -37,7 +56,7 @@ def check_model_dir(model_dir: Path) -> str | None:
         return f'model directory {model_dir} has no config.json, so its architecture is unknown.{hint}'
 
     try:
-        found = read_json(config)
+        found = read_config(model_dir)
     except ConfigError as error:
         return error.problems[0]
 
@@ -81,26 +100,21 @@ def stored_dtype(model_dir: Path) -> str | None:
 
 def is_adapter(directory: Path) -> bool:
     """Return whether a folder contains a PEFT adapter."""
-    return (directory / 'adapter_config.json').is_file()
+    return (directory / ADAPTER_CONFIG).is_file()
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
-    """Return the content of config.json. Raises ConfigError if the file is missing or is not a JSON object."""
-    content: dict[str, Any] = read_json(model_dir / 'config.json')
+    """Return the content of config.json. Raises ConfigError if the file is missing, or a value has the wrong type."""
+    content: dict[str, Any] = read_json(model_dir / 'config.json', keys=_CONFIG_KEYS)
     return content
 
 
-def has_chat_template(directory: Path) -> bool:
-    """Return whether a model has a chat template: in a file of its folder, or in its GGUF file.
+def read_adapter_config(folder: Path, *, remedy: str = _COPY_AGAIN) -> dict[str, Any]:
+    """Return the content of adapter_config.json. A LoRA adapter must state its rank and its alpha.
 
-    In a folder, only the names of files and the text of tokenizer_config.json are searched. The template is not read.
+    Raises ConfigError with `remedy` if the file is missing, or if a value has the wrong type.
     """
-    if is_gguf(directory):
-        return read_header(directory).chat_template is not None
-
-    config = directory / 'tokenizer_config.json'
-
-    if (directory / 'chat_template.jinja').is_file() or (directory / 'chat_template.json').is_file():
-        return True
-
-    return config.is_file() and '"chat_template"' in config.read_text(encoding='utf-8', errors='replace')
+    content: dict[str, Any] = read_json(folder / ADAPTER_CONFIG, keys=_ADAPTER_KEYS, remedy=remedy)
+    if content.get('peft_type') == 'LORA':
+        check_keys(content, _LORA_KEYS, str(folder / ADAPTER_CONFIG), remedy=remedy)
+    return content

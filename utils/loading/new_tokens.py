@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
-from utils.base.files import read_json
 from utils.base.logger import logger
-from utils.loading.folder import is_adapter
+from utils.loading.folder import is_adapter, read_adapter_config
 from utils.loading.layers import is_sharded
 
 # The file in a run folder with the tokens of the run. --from_run reads it instead of the file that was typed.
@@ -198,8 +197,8 @@ def check_rows(checkpoint: Path, ids: Sequence[int]) -> None:
     """
     if not is_adapter(checkpoint):
         return
-    stored = read_json(checkpoint / 'adapter_config.json').get('trainable_token_indices') or {}
-    for trained in stored.values():
+    stored = read_adapter_config(checkpoint).get('trainable_token_indices') or {}
+    for trained in stored.values() if isinstance(stored, dict) else [stored]:
         if trained != list(ids):
             raise ConfigError(
                 f'{checkpoint}: its new tokens had the ids {_listed(trained)} in training, and the tokenizer of the '

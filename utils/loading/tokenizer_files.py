@@ -69,7 +69,7 @@ def has_tokens(folder: Path, tokenizer: Any) -> bool:
     content = read_json(file)
     vocabulary = content['model']['vocab']
     tokens = set(vocabulary) if isinstance(vocabulary, dict) else {text for text, _ in vocabulary}
-    tokens.update(_texts(content['added_tokens']))
+    tokens.update(_texts(content.get('added_tokens')))
 
     for name in (CONFIG, 'special_tokens_map.json', 'added_tokens.json'):
         if (folder / name).is_file():

@@ -49,7 +49,8 @@ def read_recipe(given: str) -> Recipe:
     if not _is_file(path):
         if ' ' in given.strip():
             return _of_command(given, 'the command', Path())
-        raise ConfigError(f'{given}: the file is not there. Give {_FORMS}.')
+        what = 'this is a folder' if _is_folder(path) else 'the file is not there'
+        raise ConfigError(f'{given}: {what}. Give {_FORMS}.')
 
     if path.stat().st_size > _LARGEST_FILE:
         raise ConfigError(f'{given}: this file is too large to be a recipe. Give {_FORMS}.')
@@ -66,9 +67,18 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding='utf-8')
+    except OSError as error:
+        raise ConfigError(f'{path}: the recipe cannot be read: {error.strerror}. Correct its permissions.') from None
     except UnicodeDecodeError:
         raise ConfigError(f'{path}: this file is not UTF-8. Save it as UTF-8, or give {_FORMS}.') from None
 

@@ -72,8 +72,8 @@ class FirstStepGate(TrainerCallback):
         self.trainer.in_preflight = True
         try:
             with self._scratch(_SCRATCH) as scratch, self._undone(scratch):
-                if failure := self._steps(heaviest):
-                    self._advise(heaviest, failure)
+                if failed := self._steps(heaviest):
+                    self._advise(*failed)
                 self._join_more()
                 self._evaluate()
                 size = self._save(scratch)
@@ -146,28 +146,30 @@ class FirstStepGate(TrainerCallback):
         trainer.guard.begin(())
         set_random_state(random)
 
-    def _steps(self, heaviest: list[Rows]) -> str | None:
+    def _steps(self, heaviest: list[Rows]) -> tuple[Rows, str] | None:
         """Try a whole step, and then a forward and a backward pass over each of the batches `heaviest`.
 
-        Returns the first memory error of any process, or None if the memory is sufficient. Raises ConfigError if the
-        loss or the gradients are not finite, or if every gradient is zero.
+        Returns the batch that does not fit into memory, with the first memory error of any process. Returns None if the
+        memory is sufficient. Raises ConfigError if the loss or the gradients are not finite, or if every gradient is
+        zero.
         """
         trainer = self.trainer
         is_sharded = self._is_sharded()
         # The whole step comes first, because it allocates the state of the optimizer.
         if failure := self._forward_backward(heaviest[0], exchanges=is_sharded):
-            return failure
+            return heaviest[0], failure
         self._optimize()
 
         # These passes have no collective operations. So if a process runs out of memory, the others do not wait for it.
         # Only a sharded model always has collective operations, and there the others can hang.
         for rows in heaviest:
             if failure := self._forward_backward(rows, exchanges=is_sharded):
-                return failure
+                return rows, failure
         # One pass, over one row, averages the gradients over the processes.
         if dist.world_size() > 1 and not is_sharded:
             trainer.model_wrapped.zero_grad()
-            return self._forward_backward(heaviest[0][-1:], exchanges=True)
+            if failure := self._forward_backward(heaviest[0][-1:], exchanges=True):
+                return heaviest[0], failure
         return None
 
     def _join_more(self) -> None:
@@ -258,13 +260,12 @@ class FirstStepGate(TrainerCallback):
         trainer.optimizer.step()
         trainer.model_wrapped.zero_grad()
 
-    def _advise(self, heaviest: list[Rows], failure: str) -> NoReturn:
+    def _advise(self, rows: Rows, failure: str) -> NoReturn:
         """Try settings that need less memory, and raise a ConfigError that says which of them fit into memory.
 
-        `failure` is the memory error of the batches `heaviest`.
+        `failure` is the memory error of the batch `rows`.
         """
         trainer = self.trainer
-        rows = heaviest[0]
         tokens = _longest(rows)
         tried = []
         # With a sharded model, processes are not synchronised after an error, so no other setting can be tried.
@@ -296,7 +297,7 @@ class FirstStepGate(TrainerCallback):
     def _lighter(self, rows: Rows, tokens: int) -> list[tuple[str, Rows]]:
         """Return a list of (flag that would save memory, heaviest batch of a run with this flag).
 
-        `rows` is the heaviest batch of the present run, and `tokens` the length of its longest row.
+        `rows` is the batch that does not fit into memory, and `tokens` the length of its longest row.
         """
         lighter: list[tuple[str, Rows]] = []
         if half := len(rows) // 2:

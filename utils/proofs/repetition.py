@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -226,10 +225,11 @@ def _log_lines(run_dir: Path) -> list[dict[str, Any]]:
     If the run did not end, the log lines in its last checkpoint are returned.
     """
     if (run_dir / HISTORY_JSON).is_file():
-        lines: list[dict[str, Any]] = read_json(run_dir / HISTORY_JSON, list)
+        lines: list[dict[str, Any]] = read_json(run_dir / HISTORY_JSON, list, keys={'step': int})
     else:
         checkpoint = last_checkpoint(run_dir)
-        lines = read_json(checkpoint / 'trainer_state.json')['log_history'] if checkpoint else []
+        keys = {'log_history': [{'step': int}]}
+        lines = read_json(checkpoint / 'trainer_state.json', keys=keys)['log_history'] if checkpoint else []
     return [line for line in lines if not _is_summary(line)]
 
 
@@ -249,6 +249,6 @@ def _is_compared(name: str) -> bool:
 
 def _weights(checkpoint: Path) -> dict[str, str]:
     """Return the sha256 of each file with weights of a checkpoint, from its manifest."""
-    content = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files']
+    content = read_json(checkpoint / MANIFEST, keys={'files': {'*': {'sha256': str}}})['files']
     prefixes = ('model', 'adapter_model')
     return {name: entry['sha256'] for name, entry in content.items() if name.startswith(prefixes)}

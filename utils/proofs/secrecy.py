@@ -1,6 +1,6 @@
 """Check that a run folder has no access token, no pickle, and no path of the home folder.
 
-Paths that were typed on the command line are allowed.
+Paths that were typed on the command line, or that the user wrote into the registry of models, are allowed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from utils.base.checkpoint import PICKLE_SUFFIXES
 from utils.base.leak_scan import find_secrets, scan_tree
 from utils.base.logger import logger
 from utils.cli.arguments import SftArguments, without_amount
-from utils.run.record import record_proof
+from utils.run.record import PROOFS_JSON, record_proof
 
 # Files that DeepSpeed writes. What is found in them is only listed in proofs.json and does not fail the check.
 _DEEPSPEED = re.compile(r'checkpoint-\d+/global_step\d+/')
@@ -25,6 +25,8 @@ _DEEPSPEED = re.compile(r'checkpoint-\d+/global_step\d+/')
 # n of an escaped line end (\\n) is no part of a path.
 _IN_PATH = re.compile(rb'(?<!\\)[\w~]/*$')
 _BYTES_BEFORE = 16
+# The number of findings in a message.
+_SHOWN = 3
 # What may not follow an allowed path, because it would be part of the name of another file.
 _NAME_GOES_ON = rb'(?![\w-]|\.\w)'
 
@@ -66,8 +68,10 @@ def _allowed_paths(typed: Iterable[str]) -> re.Pattern[bytes]:
     return re.compile(b'|'.join(patterns))
 
 
-def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
+def prove_secrecy(run_dir: Path, args: SftArguments, registered: Iterable[str] = ()) -> None:
     """Search all files of the run folder for secrets, pickles and paths of the home folder.
+
+    `registered` are paths that the user wrote into a registry. Like typed paths, they are allowed.
 
     The outcome is written to proofs.json. If something is found, a warning is logged. What is found in the files of
     DeepSpeed is only listed in proofs.json.
@@ -78,17 +82,18 @@ def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
     found = [
         *scan_tree(run_dir, secrets),
         *(f'{name}: a pickle by its name' for name in files if name.endswith(PICKLE_SUFFIXES)),
-        *home_paths(run_dir, Path.home(), _typed_paths(args)),
+        *home_paths(run_dir, Path.home(), [*_typed_paths(args), *registered]),
     ]
 
     excepted = sorted({line.split(':')[0] for line in found if _DEEPSPEED.match(line)})
     found = [line for line in found if not _DEEPSPEED.match(line)]
     if found:
-        more = f'; and {len(found) - 10} more' if len(found) > 10 else ''
-        says = '; '.join(found[:10]) + more
+        kinds = dict.fromkeys(line.rpartition(': ')[2] for line in found)
+        more = f'; and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''
+        says = f'found: {", ".join(kinds)}. {"; ".join(found[:_SHOWN])}{more}'
         logger.warning(
-            f'{run_dir}: the run folder contains private data or pickles: {says}. Remove these before you share the '
-            'folder.'
+            f'{run_dir}: the run folder contains {", ".join(kinds)}: {"; ".join(found[:_SHOWN])}{more}. Remove these '
+            f'before you share the folder. {PROOFS_JSON} lists all.'
         )
     else:
         says = (
@@ -99,7 +104,8 @@ def prove_secrecy(run_dir: Path, args: SftArguments) -> None:
         says += f'; {len(excepted)} files with the state of DeepSpeed are excepted'
 
     seconds = round(time.perf_counter() - started, 2)
-    record_proof(run_dir, 'secrecy', {'passed': not found, 'says': says, 'excepted': excepted, 'seconds': seconds})
+    outcome = {'passed': not found, 'says': says, 'found': found, 'excepted': excepted, 'seconds': seconds}
+    record_proof(run_dir, 'secrecy', outcome)
 
 
 def _typed_paths(args: SftArguments) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.base import dist
+from utils.base.cache import cache_dir
 from utils.base.checkpoint import last_checkpoint
 from utils.base.errors import Stopped
 from utils.base.files import write_json
@@ -112,7 +113,8 @@ def finish_run(
 
     # The report is written twice: the scan for secrets must read the report, and the report must show its outcome.
     write_report(run_dir)
-    prove_secrecy(run_dir, args)
+    own = [run.weights.path] if run.weights.served is None else []  # an entry of MODEL_MAPPING can name a local folder
+    prove_secrecy(run_dir, args, [str(path) for path in own if not path.is_relative_to(cache_dir())])
     logger.info(f'report: {write_report(run_dir)}')
 
     logger.info(f'best checkpoint: {best}')

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.base.errors import ConfigError
 from utils.formats.conversation import message_text
 from utils.report.page import Markup, block, figures, page, section, table, text
 from utils.report.rows import losses_section
@@ -64,12 +65,12 @@ def _verdict(passed: bool | None) -> Markup:
 
 def _proofs(run: RunFiles) -> Markup:
     rows = [
-        [name.replace('_', ' '), _verdict(outcome.get('passed')), outcome.get('says', '')]
+        [name.replace('_', ' '), _verdict(outcome.get('passed')), outcome.get('says') or '']
         for name, outcome in run.proofs.items()
     ]
     if not rows:
         return Markup('')
-    seconds = sum(outcome.get('seconds', 0) for outcome in run.proofs.values())
+    seconds = sum(outcome.get('seconds') or 0 for outcome in run.proofs.values())
     whole = f' of {run.outcome["seconds"]} s' if 'seconds' in run.outcome else ''
     cost = f'All checks took {seconds:.1f} s{whole}.'
     return Markup(table(['proof', 'outcome', 'what was checked'], rows) + f'<p class="faint">{text(cost)}</p>')
@@ -182,8 +183,8 @@ def _title(run: RunFiles) -> tuple[str, str]:
     """Return two texts for the top of the report: the name of the model, and a line with the method and the data."""
     flags = run.record.flags
     method = 'all weights' if flags['sft_type'] == 'full' else 'LoRA'
-    bits = f', {flags["quantization_bit"]}-bit base' if flags['quantization_bit'] else ''
-    name = flags['model_type'] or flags['model_id_or_path']
+    bits = f', {flags["quantization_bit"]}-bit base' if flags.get('quantization_bit') else ''
+    name = flags.get('model_type') or flags.get('model_id_or_path') or run.folder.name
     start = ''
     if lineage := run.record.lineage:
         start = f', from the adapter {lineage["path"]} (sha256 {lineage["sha256"][:12]}...)'
@@ -234,8 +235,14 @@ def _folded(title: str, rows: list[tuple[str, Any]]) -> Markup:
 def write_report(run_dir: Path) -> Path:
     """Write report.html from the files of a run folder. Returns the path of report.html.
 
-    Raises ConfigError if the run folder cannot be read.
+    Raises ConfigError if the run folder cannot be read, or if report.html cannot be written.
     """
     target = run_dir / REPORT_HTML
-    target.write_text(render(read_run(run_dir)), encoding='utf-8')
+    content = render(read_run(run_dir))
+    try:
+        target.write_text(content, encoding='utf-8')
+    except OSError as error:
+        raise ConfigError(
+            f'{target}: the report cannot be written: {error.strerror}. Correct the permissions, or free disk space.'
+        ) from error
     return target

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
+from utils.base.files import Keys, check_keys
 from utils.report.page import Markup, page, section, table
 
 # A row is known if its loss per token is below this number of nats.
@@ -20,6 +21,7 @@ KNOWN = 0.1
 CHANGED = 0.1
 # The number of rows of a kind that are named.
 _NAMED = 5
+_ANSWER_KEYS: Keys = {'origin': str, 'answer': str, 'scores': {'*': float}}
 
 Row = dict[str, Any]
 
@@ -83,14 +85,16 @@ def read_answers(file: Path) -> dict[str, Row]:
 
     Raises ConfigError for any other file.
     """
+    remedy = 'Give a file that llm_infer.py wrote to --result_path, or run llm_infer.py again to write a new file.'
     try:
         rows = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
-        return {row['origin']: {'answer': row['answer'], 'scores': row['scores']} for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f'{file}: the answers in this file cannot be read ({type(error).__name__}). Give a file that '
-            'llm_infer.py wrote to --result_path, or run llm_infer.py again to write a new file.'
+            f'{file}: the answers in this file cannot be read ({type(error).__name__}). {remedy}'
         ) from error
+    for number, row in enumerate(rows, 1):
+        check_keys(row, _ANSWER_KEYS, f'{file}:{number}', remedy=remedy)
+    return {row['origin']: {'answer': row['answer'], 'scores': row['scores']} for row in rows}
 
 
 def compare_answers(before: Path, after: Path, target: Path) -> None:

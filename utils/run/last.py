@@ -17,7 +17,7 @@ from utils.base.checkpoint import all_checkpoints, sha256_of
 from utils.base.errors import ConfigError, Problems
 from utils.base.files import read_json
 from utils.base.logger import logger
-from utils.base.names import LAST, LOCK_JSON
+from utils.base.names import LAST
 from utils.base.system import is_held
 from utils.cli.arguments import SftArguments
 from utils.cli.resolution import Ready, run_name
@@ -26,7 +26,7 @@ from utils.loading.chat_template import hash_template_file
 from utils.loading.weights import Weights
 from utils.run.folder import run_dirs
 from utils.run.lineage import adapter_file
-from utils.run.lock import flag_words
+from utils.run.lock import flag_words, read_compared
 from utils.run.new_tokens import find_new_tokens
 from utils.run.record import RUN_JSON, RunRecord, changed_flags, record_of
 
@@ -156,7 +156,7 @@ def _misfit(run: Path, record: RunRecord, data: Mapping[str, Any]) -> str | None
     """
     try:
         earlier = RunRecord.read(run)
-        lock = read_json(run / LOCK_JSON)
+        lock = read_compared(run)
     except ConfigError as error:
         return error.problems[0].split('. ')[0]
 
@@ -200,7 +200,8 @@ def _other_adapter(lock: Mapping[str, Any], record: RunRecord) -> str | None:
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = read_json(checkpoint / TRAINER_STATE)
+    keys = {'global_step': int, 'max_steps': int, 'best_model_checkpoint': str | None}
+    state: dict[str, Any] = read_json(checkpoint / TRAINER_STATE, keys=keys)
     return state
 
 
@@ -214,7 +215,7 @@ def _tell_complete(run: Path) -> None:
     """Log that a run is complete, and name its best checkpoint."""
     logger.info(f'{run} is complete: it has the flags, data and weights of this command. Nothing is left to train.')
     if (run / RUN_JSON).is_file():
-        best = read_json(run / RUN_JSON).get('best_checkpoint')
+        best = read_json(run / RUN_JSON, keys={'best_checkpoint': str}).get('best_checkpoint')
     else:
         logger.warning(f'{run} was ended after its last step and before {RUN_JSON} and the report were written.')
         newest = all_checkpoints(run)[-1]

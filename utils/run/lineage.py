@@ -12,15 +12,13 @@ from typing import Any
 
 from utils.base.checkpoint import MANIFEST, damage, last_checkpoint, sha256_of
 from utils.base.errors import ConfigError
-from utils.base.files import read_json
 from utils.base.names import LAST
 from utils.cli.arguments import SftArguments
 from utils.cli.machine import started_in
 from utils.cli.parser import Parsed
 from utils.cli.resolution import decision
-from utils.cli.resumed import ADAPTER_CONFIG
 from utils.data.sources import abbreviated
-from utils.loading.folder import is_adapter
+from utils.loading.folder import ADAPTER_CONFIG, is_adapter, read_adapter_config
 from utils.loading.info import ModelInfo
 from utils.loading.layers import PATTERN
 from utils.run.record import RunRecord, find_record
@@ -76,7 +74,7 @@ def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnin
         if problem := _folder_problem(folder, args.from_run):
             problems.add(f'{given} {problem}')
             return parsed
-        config = read_json(folder / ADAPTER_CONFIG, remedy=_GIVE_ADAPTER)
+        config = read_adapter_config(folder, remedy=_GIVE_ADAPTER)
         record = find_record(folder)
     except ConfigError as error:
         problems.add(error.problems[0])
@@ -122,7 +120,7 @@ def _folder_problem(folder: Path, from_run: str | None) -> str | None:
     if (folder / MANIFEST).is_file() and (problem := damage(folder)):
         return f'cannot be used: {problem}. Copy the checkpoint again, or give another one.'
 
-    kind = read_json(folder / ADAPTER_CONFIG, remedy=_GIVE_ADAPTER).get('peft_type')
+    kind = read_adapter_config(folder, remedy=_GIVE_ADAPTER).get('peft_type')
     if kind != 'LORA':
         return f'is an adapter of the kind {kind}, and only LoRA adapters are trained here. {_GIVE_ADAPTER}'
     return None
@@ -230,7 +228,7 @@ def _fill_from_checkpoint(parsed: Parsed[SftArguments], decisions: list[str]) ->
         record = find_record(checkpoint)
         if record is None or record.lineage is None or not is_adapter(checkpoint):
             return parsed
-        config = read_json(checkpoint / ADAPTER_CONFIG)
+        config = read_adapter_config(checkpoint)
     except ConfigError:  # the checks of --resume_from_checkpoint report the damaged file
         return parsed
 
@@ -285,7 +283,7 @@ def find_lineage(
 
 def _compare_names(folder: Path, args: SftArguments, info: ModelInfo, warnings: list[str]) -> None:
     """Add a warning if the adapter names a different base model than this run. Only the names are compared."""
-    named = read_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')
+    named = read_adapter_config(folder).get('base_model_name_or_path')
     own = {str(name).rstrip('/').rsplit('/', 1)[-1].lower() for name in (
         info.model_id_or_path, info.hf_model_id, info.public_id, args.model_id_or_path, args.model_type,
     ) if name}  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.base import dist
 from utils.base.errors import ConfigError, Problems
-from utils.base.files import read_json
+from utils.base.files import Keys, check_keys, read_json
 from utils.base.names import LOCK_JSON, TEMPLATE_FLAGS
 from utils.base.packages import toolkit, versions
 from utils.cli.arguments import SftArguments, flag_types
@@ -33,6 +33,20 @@ DATA_FLAGS = (
 _VERIFIED_STEPS = 20
 # Flags that are never recorded: --hub_token is secret, and --from_run only names the run that was repeated.
 _NOT_REPEATED = ('hub_token', 'from_run', 'verify')
+# The types of the entries of lock.json that are compared with those of another run.
+_HASHED = (None, {'sha256': str | None})
+_LOCK_KEYS: Keys = {
+    'base_model': _HASHED,
+    'data': (None, {'*': {'sha256': str | None, 'rows': int | None, 'flag': str | None, 'commit': str | None}}),
+    'adapter': _HASHED,
+    'chat_template': _HASHED,
+    'scores': (None, {'*': str}),
+    'versions': dict | None,
+    'machine': dict | None,
+    'toolkit': (None, {'version': str, 'commit': str | None}),
+    'template_sha256': str | None,
+    'timetable': (None, [{'steps': int, 'first': int, 'position': float, 'last': int, 'end': int}]),
+}
 
 
 def recorded(flags: Mapping[str, Any], name: str) -> Any:
@@ -124,7 +138,7 @@ def warn_of_other_scores(then: dict[str, Any], now: dict[str, Any], warnings: li
 
     `then` and `now` are the contents of the two lock.json files.
     """
-    earlier = then.get('scores', {})
+    earlier = then.get('scores') or {}
     for word, sha256 in now['scores'].items():
         if earlier.get(word, sha256) != sha256:
             warnings.append(
@@ -136,10 +150,18 @@ def warn_of_other_scores(then: dict[str, Any], now: dict[str, Any], warnings: li
 def read_lock(run_dir: Path) -> dict[str, Any]:
     """Return the content of lock.json in a run folder. Raises ConfigError if the file is missing or damaged."""
     remedy = 'Give --from_run a run folder, output/<model>/vN-<time>.'
-    lock: dict[str, Any] = read_json(run_dir / LOCK_JSON, remedy=remedy)
-    kinds = {'command': list, 'processes': int, 'base_model': dict, 'data': dict, 'versions': dict}
-    if wrong := [name for name, kind in kinds.items() if not isinstance(lock.get(name), kind)]:
-        raise ConfigError(f'{run_dir / LOCK_JSON}: {wrong[0]} is missing or has the wrong type. {remedy}')
+    needed = {'command': list[str], 'processes': int, 'base_model': dict, 'data': dict, 'versions': dict}
+    lock = read_compared(run_dir, remedy=remedy)
+    check_keys(lock, needed, str(run_dir / LOCK_JSON), remedy=remedy)
+    return lock
+
+
+def read_compared(run_dir: Path, *, remedy: str = 'Put back the file that the run wrote.') -> dict[str, Any]:
+    """Return the content of lock.json in a run folder. Entries that older versions did not write may be missing.
+
+    Raises ConfigError with `remedy` if the file is missing or damaged, or if an entry has the wrong type.
+    """
+    lock: dict[str, Any] = read_json(run_dir / LOCK_JSON, keys=_LOCK_KEYS, remedy=remedy)
     return lock
 
 
@@ -283,11 +305,9 @@ def changes_since(earlier: dict[str, Any], lock: dict[str, Any]) -> list[str]:
         for name in sorted({*then, *now}):
             if now.get(name) != then.get(name):
                 lines.append(f'{name} is {now.get(name)}, the repeated run had {then.get(name)}')
-    if earlier.get('toolkit', lock['toolkit']) != lock['toolkit']:
-        lines.append(
-            f'this toolkit is {described(lock["toolkit"])}, the repeated run was made by '
-            f'{described(earlier["toolkit"])}'
-        )
+    made_by = earlier.get('toolkit') or lock['toolkit']
+    if made_by != lock['toolkit']:
+        lines.append(f'this toolkit is {described(lock["toolkit"])}, the repeated run was made by {described(made_by)}')
     return lines
 
 
@@ -307,7 +327,7 @@ def check_same_data(
     file = checkpoint.absolute().parent / LOCK_JSON
     if not file.is_file():
         return [f'{file} is missing, so the data cannot be compared with the data of the run.']
-    then = read_json(file, remedy='Put back the file that the run wrote.').get('data') or {}
+    then = read_compared(file.parent).get('data') or {}
     for source in sorted({*then, *now} if only is None else only):
         had = then.get(source, {})
         has = now.get(source, {})

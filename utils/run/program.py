@@ -11,6 +11,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from utils.base import dist
+from utils.base.ctrl_c import raise_at_ctrl_c
 from utils.base.errors import ConfigError, Stopped
 from utils.base.logger import logger
 
@@ -44,6 +45,7 @@ def run_program(work: Callable[[], int | None]) -> int:
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
 
     try:
+        raise_at_ctrl_c()
         code = work() or 0
     except ConfigError as error:
         if not dist.is_main():

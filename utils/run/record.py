@@ -5,7 +5,6 @@ The record is compared with the arguments if the run is resumed, or if llm_infer
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from typing import Any
 from utils.base import dist
 from utils.base.checkpoint import last_checkpoint
 from utils.base.errors import ConfigError, Problems
-from utils.base.files import read_json, write_json
+from utils.base.files import Keys, fits, read_json, write_json
 from utils.base.logger import logger
 from utils.base.names import SFT_ARGS
 from utils.cli.arguments import GENERATION, HUB_FLAGS, InferArguments, SftArguments, flag_types, to_dict
@@ -38,8 +37,16 @@ _SHOWN = (
 # The hash of the template shows whether it differs. The same template may be at another path.
 _OF_CHAT_TEMPLATE = ('chat_template', 'template_settings')
 # The fields of sft_args.json that are not flags.
-_FACTS = ('system_typed', 'base_model', 'asked', 'template_sha256', 'thinking', 'thinking_rows', 'lineage',
-          'added_tokens')  # fmt: skip
+_FACTS: Keys = {
+    'system_typed': bool | None,
+    'base_model': (None, {'id': str | None, 'source': str, 'sha256': str, 'covers': str | None}),
+    'asked': dict | None,
+    'template_sha256': str | None,
+    'thinking': str | None,
+    'thinking_rows': (None, {'switched': int, 'of': int}),
+    'lineage': (None, {'path': str, 'sha256': str}),
+    'added_tokens': list[str] | None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +77,18 @@ class RunRecord:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
         """Return the record, made from the content of an sft_args.json file."""
-        facts = {name: content[name] for name in _FACTS if name in content}
-        flags = {name: value for name, value in content.items() if name not in facts}
+        facts = {name: content[name] for name in _FACTS if content.get(name) is not None}
+        flags = {name: value for name, value in content.items() if name not in _FACTS}
         return cls(flags=flags, **facts)
 
     @classmethod
     def read(cls, folder: Path, *, remedy: str = _RESTORE) -> RunRecord:
-        """Return the record in a folder. If sft_args.json is missing or damaged, raises ConfigError with `remedy`."""
-        return cls.from_json(read_json(folder / SFT_ARGS, remedy=remedy))
+        """Return the record in a folder.
+
+        Raises ConfigError with `remedy` if sft_args.json is missing or damaged, or if a value has the wrong type.
+        """
+        flags = {name: (None, of) for name, of in flag_types(SftArguments).items()}
+        return cls.from_json(read_json(folder / SFT_ARGS, keys={**flags, **_FACTS}, remedy=remedy))
 
     def to_json(self) -> dict[str, Any]:
         """Return the content for sft_args.json. Fields that the run did not set are left out."""
@@ -138,7 +149,7 @@ def record_proof(run_dir: Path, name: str, outcome: dict[str, Any]) -> None:
     if not dist.is_main():
         return
     file = run_dir / PROOFS_JSON
-    proofs = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
+    proofs = read_json(file, remedy='Move or delete the file.') if file.is_file() else {}
     write_json(file, {**proofs, name: outcome})
 
 
@@ -150,7 +161,7 @@ def record_of(args: SftArguments, *, system_typed: bool, base_model: Mapping[str
 def read_run_record(run_dir: Path) -> RunRecord:
     """Return the record of a run folder. Raises ConfigError if the folder is not a run folder."""
     record = RunRecord.read(run_dir, remedy=_GIVE_RUN)
-    if 'sft_type' not in record.flags:
+    if not fits(record.flags, {'sft_type': str, 'dataset': list[str]}):
         raise ConfigError(f'{run_dir / SFT_ARGS}: it does not say how a run was trained. {_GIVE_RUN}')
     return record
 

@@ -235,7 +235,8 @@ def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading, hub: HubNa
     file = run_dir / HELD_OUT_JSON
     if not file.is_file():
         return None
-    kept = read_json(file, remedy='Remove the file: the rows are then found by reading all data.')
+    keys = {'*': {'files_sha256': str | None, 'rows': list[int]}}
+    kept = read_json(file, keys=keys, remedy='Remove the file: the rows are then found by reading all data.')
     return read_held_out(kept, words, reading, hub)
 
 

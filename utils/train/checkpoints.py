@@ -27,8 +27,8 @@ from utils.base.checkpoint import (
     seal,
 )
 from utils.base.errors import ConfigError
-from utils.base.files import read_json
 from utils.base.logger import logger
+from utils.loading.folder import read_adapter_config
 from utils.loading.gguf import model_directory
 from utils.loading.tokenizer_files import save_tokenizer
 from utils.loading.unloaded import UNLOADED_FILE, unloaded_tensors, write_unloaded
@@ -76,7 +76,7 @@ def check_targets(model: PeftModel, checkpoint: Path) -> None:
 
     The layers of which the adapters have full weights (--lora_modules_to_save) must be the same too.
     """
-    stored = read_json(checkpoint / 'adapter_config.json', remedy='Use another checkpoint of the run.')
+    stored = read_adapter_config(checkpoint, remedy='Use another checkpoint of the run.')
     found = _targets(stored)
     wanted = _targets(model.peft_config['default'].to_dict())
     if found != wanted:
@@ -97,6 +97,8 @@ def check_targets(model: PeftModel, checkpoint: Path) -> None:
 def _targets(adapter_config: dict[str, Any]) -> list[str]:
     """Return the sorted names of all modules and parameters to which an adapter is added."""
     modules = adapter_config.get('target_modules') or ()
+    if isinstance(modules, str):  # a pattern
+        modules = (modules,)
     parameters = adapter_config.get('target_parameters') or ()
     return sorted({*modules, *parameters})
 

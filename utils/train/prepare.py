@@ -63,10 +63,13 @@ def find_targets(
         parameters.update(dict.fromkeys(matched))
         if not matched and word not in ALL:
             missing.append(word)
+    # A pattern that matches only layers that PEFT takes for experts selects none of them.
+    matched_without = choose_layers([word for word in missing if word.startswith(PATTERN)], paths)
+    missing = [word for word in missing if not word.startswith(PATTERN) or word in matched_without[1]]
     if missing:
         raise ConfigError(*(_no_match(model, word, paths, list(experts)) for word in missing))
 
-    if refused := [name for name in modules if last_name(name) in taken]:
+    if refused := [name for name in [*modules, *matched_without[0]] if last_name(name) in taken]:
         raise ConfigError(
             f'--lora_target_modules {", ".join(refused)}: PEFT cannot put LoRA on these linear layers of '
             f'{type(model).__name__}. With these names, PEFT would put LoRA on the stacked experts instead. Remove '

@@ -624,20 +624,18 @@ def build_trainer(
 
 
 def _arranged(rows: EncodedRows, args: SftArguments, pad_token_id: int) -> IndexedRows:
-    """Return the training rows: packed with --packing, the longest first with --test_oom_error, else unchanged.
+    """Return the training rows: packed with --packing. With --test_oom_error, the longest rows or packs come first.
 
     With several processes, rows without loss are added, so that each process has the same number of rows.
     """
-    arranged: IndexedRows = rows
-    if args.test_oom_error:
-        arranged = rows.longest_first()
-
+    ordered: EncodedRows | PackedRows = rows
     if args.packing:
         packed = PackedRows(rows, args.max_length)
         fill = int(rows.sizes().sum()) / len(packed) / args.max_length
         logger.info(f'packing: {len(rows)} rows in {len(packed)} packs, {fill:.1%} of --max_length filled')
-        arranged = packed
+        ordered = packed
 
+    arranged: IndexedRows = ordered.longest_first() if args.test_oom_error else ordered
     if dist.world_size() > 1:
         arranged = Filled(arranged, args.batch_size * dist.world_size(), pad_token_id)
     return arranged

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
-from utils.base.files import read_json
-from utils.loading.folder import read_config
+from utils.loading.folder import ADAPTER_CONFIG, read_adapter_config, read_config
 from utils.loading.layers import named_by
 from utils.loading.legacy.family import Family, State
 from utils.loading.legacy.registry import find_family
@@ -22,7 +21,6 @@ from utils.loading.weight_files import read_file
 
 _FILE = 'adapter_model.safetensors'
 _OLD_FILE = 'adapter_model.bin'
-_CONFIG = 'adapter_config.json'
 _PREFIX = 'base_model.model.'
 
 
@@ -73,7 +71,7 @@ def native_adapter(
     """
     from safetensors.torch import save_file
 
-    config = read_json(checkpoint / _CONFIG)
+    config = read_adapter_config(checkpoint)
     targets = config.get('target_modules') or []
     original: dict[str, Any] = {}
 
@@ -98,7 +96,7 @@ def native_adapter(
 
     with tempfile.TemporaryDirectory(prefix='adapter-') as folder:
         save_file(state, Path(folder) / _FILE)
-        (Path(folder) / _CONFIG).write_text(json.dumps(config), encoding='utf-8')
+        (Path(folder) / ADAPTER_CONFIG).write_text(json.dumps(config), encoding='utf-8')
         yield Path(folder)
 
 
