@@ -60,8 +60,8 @@ def test_the_loss_of_batches_is_that_of_rows(layout: str, sharp_model: Path, run
     proof = json.loads((run / 'proofs.json').read_text())['loss_value']
     assert proof['passed'] is True and proof['rows_checked'] == 4
     assert re.fullmatch(
-        r'the loss of 4 rows in batches, [\d.]+ over \d+ tokens, (equals|differs by [\d.e-]+ from) that of the same rows '
-        rf'one by one in the plain forward pass, [\d.]+ over \d+; rounding in {"bf16" if layout == "bf16" else "fp32"} '
+        r'the loss of 4 rows in batches, [\d.]+ over \d+ tokens, (equals|differs by [\d.e-]+ from) that of the same '
+        rf'rows one by one in the plain forward pass, [\d.]+ over \d+; rounding in {"bf16" if layout == "bf16" else "fp32"} '
         r'may move it by up to [\d.]+',
         proof['says'],
     )
