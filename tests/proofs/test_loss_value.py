@@ -59,9 +59,10 @@ def test_the_loss_of_batches_is_that_of_rows(layout: str, sharp_model: Path, run
     run = run_sft('--model_id_or_path', str(sharp_model), '--max_steps', '1', *LAYOUTS[layout])
     proof = json.loads((run / 'proofs.json').read_text())['loss_value']
     assert proof['passed'] is True and proof['rows_checked'] == 4
+    dtype = 'bf16' if layout == 'bf16' else 'fp32'
     assert re.fullmatch(
         r'the loss of 4 rows in batches, [\d.]+ over \d+ tokens, (equals|differs by [\d.e-]+ from) that of the same '
-        rf'rows one by one in the plain forward pass, [\d.]+ over \d+; rounding in {"bf16" if layout == "bf16" else "fp32"} '
+        rf'rows one by one in the plain forward pass, [\d.]+ over \d+; rounding in {dtype} '
         r'may move it by up to [\d.]+',
         proof['says'],
     )

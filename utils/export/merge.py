@@ -138,7 +138,7 @@ def merge_checkpoint(
         serves = 'serve it with llm_infer.py: no other program knows its template'
     if (target / MERGE_JSON).is_file() and base is not None:
         serves += f'\ncompare it with its base: python -m utils.export.same {target} {base.folder}'
-    return target, '\n'.join([f'reopened from disk, {target.name}:', *(f'  {fact}' for fact in facts), serves])
+    return target, '\n'.join(['reopened from disk:', *(f'  {fact}' for fact in facts), serves])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +242,8 @@ def merge_and_save(
     head = 'tied' if (written.tied or expected.tied)[0] else 'separate'
     compared = f'a fixed text, the new tokens and {len(texts)}' if new else f'a fixed text and {len(texts)}'
     facts = [
-        f'its logits differ from those of base + adapter by up to {difference:.3g} on {compared} of your rows; rounding '
-        f'explains up to {_bound(expected, written) * largest:.3g} (largest logit {largest:.3g})',
+        f'its logits differ from those of base + adapter by up to {difference:.3g} on {compared} of your rows; '
+        f'rounding explains up to {_bound(expected, written) * largest:.3g} (largest logit {largest:.3g})',
         f'it has their vocabulary, generation settings and {head} head',
     ]
     what = 'its effect on the logits' if written.kept is None else 'the changes that it makes to the weights'
@@ -251,8 +251,8 @@ def merge_and_save(
     if kept < _WHOLE:
         facts.append(f'rounding removed a part of the adapter: {kept:.0%} of {what} is kept')
         logger.warning(
-            f'{target}: rounding to {" and ".join(sorted(written.dtypes))} removed a part of the adapter: {kept:.0%} of '
-            f'{what} is kept. Merge with --dtype fp32, which keeps all of it.'
+            f'{target}: rounding to {" and ".join(sorted(written.dtypes))} removed a part of the adapter: {kept:.0%} '
+            f'of {what} is kept. Merge with --dtype fp32, which keeps all of it.'
         )
     return [*facts, written.says]
 
