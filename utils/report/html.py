@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.base.errors import ConfigError
 from utils.formats.conversation import message_text
 from utils.report.page import Markup, block, figures, page, section, table, text
 from utils.report.rows import losses_section
@@ -235,8 +236,15 @@ def _folded(title: str, rows: list[tuple[str, Any]]) -> Markup:
 def write_report(run_dir: Path) -> Path:
     """Write report.html from the files of a run folder. Returns the path of report.html.
 
-    Raises ConfigError if the run folder cannot be read.
+    Raises ConfigError if the run folder cannot be read, or if the file cannot be written.
     """
     target = run_dir / REPORT_HTML
-    target.write_text(render(read_run(run_dir)), encoding='utf-8')
+    shown = render(read_run(run_dir))
+    try:
+        target.write_text(shown, encoding='utf-8')
+    except OSError as error:
+        raise ConfigError(
+            f'{target}: cannot be written: {error.strerror}. Make the folder writable, or copy the run folder and name '
+            'the copy.'
+        ) from error
     return target

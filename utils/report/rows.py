@@ -141,5 +141,7 @@ def compare_answers(before: Path, after: Path, target: Path) -> None:
     try:
         target.write_text(page('Answers compared', Markup('<h1>Answers compared</h1>'), *sections), encoding='utf-8')
     except OSError as error:
-        raise ConfigError(f'--html: {target} cannot be written: {error.strerror}. Name another file.') from error
+        raise ConfigError(
+            f'--html: {target} cannot be written: {error.strerror}. Name another file with --html.'
+        ) from error
     print(f'answers: {target}')
