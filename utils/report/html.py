@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
-from utils.formats.conversation import message_text
+from utils.formats.conversation import asked_turns
 from utils.report.page import Markup, block, figures, page, section, table, text
 from utils.report.rows import losses_section
 from utils.report.svg import Series, chart
@@ -92,7 +92,8 @@ def _asked(row: dict[str, Any]) -> Markup:
     if 'beginning' in row:
         says = '<p class="faint">plain text: the model continues its beginning</p>'
         return Markup(f'{says}{block(row["beginning"])}')
-    return block(message_text(row['messages'][-2]) if len(row['messages']) > 1 else '')
+    turns = asked_turns(row['messages'])
+    return block('\n'.join(said if mark == 'QUERY' else f'[{mark}] {said}' for mark, said in turns))
 
 
 def _sample(sample: str) -> Markup:
