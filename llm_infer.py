@@ -227,6 +227,7 @@ def merge(done: Ready[InferArguments], trained: Trained, served: Served, weights
     from utils.export.merge import merge_checkpoint
     from utils.export.write import find_base
     from utils.infer.generation import served_config
+    from utils.run.outcome import read_outcome, use_commands
 
     model = served.model
     config = served_config(model.generation_config, served.config, done.args, done.typed)
@@ -239,9 +240,9 @@ def merge(done: Ready[InferArguments], trained: Trained, served: Served, weights
         images=served.encoder.images,
         base=find_base(done, trained, weights),
     )
-    logger.info(
-        f'the merged model is in {target}. Result of its check: {result}\nnext: python llm_infer.py --ckpt_dir {target}'
-    )
+    logger.info(f'the merged model is in {target}. Result of its check: {result}')
+    for name, command in use_commands(target, read_outcome(trained.checkpoint.absolute().parent)).items():
+        logger.info(f'{name}: {command}')
     return target
 
 

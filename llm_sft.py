@@ -295,7 +295,9 @@ def add_checks(trainer: SftTrainer, args: SftArguments, run: Run, encoder: Encod
 
     checked = data.spread(MASK_ROWS)
     prove_mask(checked, data.summary, trainer.data_collator, encoder, run.folder)
-    row_losses = RowLosses(trainer, args.compare_rows, args.resume_from_checkpoint)
+    row_losses = RowLosses(
+        trainer, args.compare_rows, args.resume_from_checkpoint, from_adapter=run.record.lineage is not None
+    )
     trainer.add_callback(row_losses)
     trainer.add_callback(LossProof(trainer, checked))
     if args.preflight:

@@ -169,7 +169,12 @@ def test_without_a_checkout_the_commands_and_the_modelfile_are_given(
     assert llm_infer.main(['--ckpt_dir', str(merged), '--gguf', str(file), '--do_sample', 'false']) == 0
     assert not file.exists() and file.with_suffix('.Modelfile').read_text() == MODELFILE
     assert (tmp_path / 'tuned.Modelfile.old').read_text() == 'FROM mine\n'
-    assert 'git clone --depth 1 https://github.com/ggml-org/llama.cpp' in caplog.text
+    assert [record.getMessage() for record in caplog.records if record.levelname == 'WARNING'][-1] == (
+        f'--gguf {file}: this file is not written, because --llama_cpp is not given. Add --llama_cpp FOLDER to this '
+        'command, and the file is written and compared.'
+    )
+    assert f'gguf: only {file.with_suffix(".Modelfile")} is written. tuned.Modelfile: its TEMPLATE gives' in caplog.text
+    assert 'get llama.cpp: git clone --depth 1 https://github.com/ggml-org/llama.cpp' in caplog.text
     assert f'convert_hf_to_gguf.py {merged} --outtype f32 --outfile {file}' in caplog.text
 
 

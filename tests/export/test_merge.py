@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,9 @@ from utils.export.merge import (
     put_in_place,
     verify_merged,
 )
+from utils.export.patch import Kept
 from utils.export.write import Written, write_merged
+from utils.model import load_model, load_tokenizer
 from utils.preprocess import TEMPLATE_MAPPING
 from utils.proofs.template import probes
 from utils.run.record import RunRecord
@@ -147,16 +150,56 @@ def test_a_small_adapter_that_is_lost_is_noticed_below_rounding(
         assert (tmp_path / 'm').is_dir()
 
 
-@pytest.mark.parametrize(('held', 'said'), [(1.0, None), (0.8, '; it keeps 80% of the effect of the adapter')])
-def test_what_rounding_takes_of_an_adapter_is_said(
-    held: float, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize('held', [1.0, 0.8])
+def test_what_rounding_takes_of_an_adapter_is_a_warning(
+    held: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bare, noise = torch.zeros(100), torch.randn(100, generator=torch.Generator().manual_seed(0))
     assert _share_of_adapter(bare, bare + 1, bare + 0.4) == pytest.approx(0.4)
     assert _share_of_adapter(bare, bare + 1e-3, noise) == _share_of_adapter(bare, bare, bare) == 1.0
     monkeypatch.setattr('utils.export.merge._share_of_adapter', lambda *_: held)
-    says = merge_and_save(adapted(), make_tokenizer(), tmp_path / 'm', record=RunRecord())
-    assert (said or 'separate head') in says and ('rounding removed' in says) == (said is not None)
+    says = '; '.join(merge_and_save(adapted(), make_tokenizer(), tmp_path / 'm', record=RunRecord()))
+    assert re.search(
+        r'its logits differ from those of base \+ adapter by up to [\d.e-]+ on a fixed text and 0 of', says
+    )
+    assert re.search(r'rounding explains up to [\d.e-]+ \(largest logit [\d.]+\); it has their vocabulary', says)
+    part = 'removed a part of the adapter: 80% of its effect on the logits is kept'
+    assert (f'rounding {part}' in says) == (held == 0.8)
+    warned = f'{tmp_path / "m"}: rounding to float32 {part}. Merge with --dtype fp32, which keeps all of it.'
+    assert [record.getMessage() for record in caplog.records if record.levelname == 'WARNING'] == [warned] * (
+        held == 0.8
+    )
+
+
+@pytest.mark.slow
+def test_changes_below_the_rounding_of_the_base_are_a_warning(
+    run_sft: Run, model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = tmp_path / 'base'
+    load_model(model_dir, torch_dtype=torch.bfloat16).save_pretrained(base)
+    load_tokenizer(model_dir).save_pretrained(base)
+    run = run_sft('--model_id_or_path', str(base), '--max_steps', '1', '--learning_rate', '1e-5', '--dtype', 'bf16')
+    words = ['--ckpt_dir', str(run / 'checkpoint-1'), '--merge_lora_and_save', 'true']
+    assert llm_infer.main(words) == 0
+    found = re.search(
+        r'checkpoint-1-merged: rounding to bfloat16 removed a part of the adapter: (\d+)% of the changes that it makes '
+        r'to the weights is kept\. Merge with --dtype fp32, which keeps all of it\.',
+        caplog.text,
+    )
+    assert found is not None and int(found[1]) < 95
+    assert f'{found[1]}% of the changes' in json.loads((run / 'proofs.json').read_text())['merge']['says']
+    caplog.clear()
+    assert llm_infer.main([*words, '--dtype', 'fp32']) == 0
+    assert 'removed a part' not in caplog.text
+    assert max(map(len, caplog.text.splitlines())) < 300, 'one fact in a line'
+
+
+def test_the_share_of_changes_that_rounding_keeps_is_exact() -> None:
+    kept = Kept()
+    kept.count(torch.zeros(3), torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 0.0, 2.0]))
+    assert kept.share() == pytest.approx(5 / 6)
+    kept.count(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2))
+    assert kept.share() == pytest.approx(5 / 6) and Kept().share() == 1.0
 
 
 def test_an_untouched_folder_passes(saved: Saved) -> None:

@@ -65,7 +65,8 @@ def merge(base: Path, checkpoint: Path, target: Path, tokenizer: Any = None, **m
     model = opened(base, checkpoint)
     tokenizer = tokenizer or load_tokenizer(base)
     made = source(base, checkpoint, **more)
-    return merge_and_save(model, tokenizer, target, record=RunRecord(), config=copy.deepcopy(CONFIG), base=made)
+    facts = merge_and_save(model, tokenizer, target, record=RunRecord(), config=copy.deepcopy(CONFIG), base=made)
+    return '; '.join(facts)
 
 
 @pytest.fixture(scope='module')
@@ -176,7 +177,7 @@ def test_the_language_model_of_a_multimodal_base_is_merged_into_all_its_files(tm
     text, tokenizer = get_text_model_tokenizer(base, info, options)
     reopen = source(base, adapter, reopen=lambda folder: get_text_model_tokenizer(folder, info, options))
     model = PeftModel.from_pretrained(text, adapter).eval()
-    says = merge_and_save(model, tokenizer, tmp_path / 'merged', record=RunRecord(), base=reopen)
+    says = '; '.join(merge_and_save(model, tokenizer, tmp_path / 'merged', record=RunRecord(), base=reopen))
     assert '2 tensors changed' in says
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / 'merged')
     assert type(whole).__name__ == 'Gemma3ForConditionalGeneration'

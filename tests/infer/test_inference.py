@@ -21,7 +21,7 @@ from tests.support.runs import write_jsonl
 from tests.support.tiny_models import make_tokenizer
 from utils.encode.make import make_encoder
 from utils.encode.template_encoder import TemplateEncoder
-from utils.formats.conversation import Message, Row
+from utils.formats.conversation import Message, Row, asked_turns
 from utils.infer.chat import Chat, chat_in_terminal
 from utils.infer.generation import generate_batch, generate_rows, generate_stream, generation_config, wanted_texts
 from utils.preprocess import TEMPLATE_MAPPING
@@ -104,6 +104,36 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark(
     monkeypatch.setattr('builtins.input', lambda prompt: next(lines))
     assert llm_infer.main([*words, '--eval_human', 'true']) == 0
     assert b'(/?: unknown command' in shown.getvalue()
+
+
+def test_a_question_is_the_last_turn_of_the_user_and_results_of_tools_are_marked() -> None:
+    call = {'type': 'function', 'function': {'name': 'weather', 'arguments': {}}}
+    user: Message = {'role': 'user', 'content': 'how warm?'}
+    asks: Message = {'role': 'assistant', 'content': '', 'tool_calls': [call]}
+    result: Message = {'role': 'tool', 'content': '{"temp": 40}'}
+    reply: Message = {'role': 'assistant', 'content': '40 degrees'}
+    assert asked_turns([user, asks, result, reply]) == [
+        ('QUERY', 'how warm?'),
+        ('ASSISTANT', '[{"name": "weather", "arguments": {}}]'),
+        ('TOOL', '{"temp": 40}'),
+    ]
+    assert asked_turns([user, reply, {**user, 'content': 'sure?'}, reply]) == [('QUERY', 'sure?')]
+    assert asked_turns([reply]) == [] and asked_turns([result, reply]) == [('TOOL', '{"temp": 40}')]
+
+
+@pytest.mark.slow
+def test_the_result_of_a_tool_is_not_printed_as_the_question(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [
+        {'role': 'user', 'content': 'how warm?'},
+        {'role': 'tool', 'content': '{"temp": 40}'},
+        {'role': 'assistant', 'content': '40'},
+    ]
+    file = write_jsonl(tmp_path / 'a.jsonl', [{'messages': turns}])
+    words = ['--model_id_or_path', str(model_dir), '--dataset', str(file), '--result_path', str(tmp_path / 'r.jsonl')]
+    assert llm_infer.main([*words, *GREEDY]) == 0
+    assert capsys.readouterr().out.startswith('[QUERY] how warm?\n[TOOL] {"temp": 40}\n[LABEL] 40\n[ANSWER] ')
 
 
 def test_rows_of_which_none_can_be_answered_are_one_error(

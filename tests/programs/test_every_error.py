@@ -498,7 +498,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'memory for no validation': (no_place_for_validation, 'Lower --eval_batch_size or --max_length.'),
     # commands on a run folder
-    'pushing no run': (lambda w: push.main([str(w.tmp)]), 'sft_args.json cannot be read as JSON: No such file'),
+    'pushing no run': (lambda w: push.main([str(w.tmp)]), 'is not a run folder, because it has no sft_args.json. '),
     'pushing what names no hub': (pushed('', ''), 'the run has no repository, because it was trained without '),
     'pushing nothing': (pushed('checkpoint-1', None, **PUSHES), 'has no checkpoint to push.'),
     'pushing without a token': (pushed('', '', **PUSHES), 'Set the environment variable MODELSCOPE_API_TOKEN.'),

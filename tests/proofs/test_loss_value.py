@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from utils.encode.encoded import IGNORE_INDEX
 from utils.fast import chunked_loss
 from utils.fast.rows import concatenated_rows
 from utils.fast.scoring import Scorer
-from utils.proofs.loss_value import LossProof, choose_rows, trained_positions
+from utils.proofs.loss_value import LossProof, _comparison, allowed_share, choose_rows, trained_positions
 from utils.train import trainer
 from utils.train.trainer import SftTrainer
 
@@ -58,7 +59,31 @@ def test_the_loss_of_batches_is_that_of_rows(layout: str, sharp_model: Path, run
     run = run_sft('--model_id_or_path', str(sharp_model), '--max_steps', '1', *LAYOUTS[layout])
     proof = json.loads((run / 'proofs.json').read_text())['loss_value']
     assert proof['passed'] is True and proof['rows_checked'] == 4
-    assert 'in the plain forward pass' in proof['says']
+    dtype = 'bf16' if layout == 'bf16' else 'fp32'
+    assert re.fullmatch(
+        r'the loss of 4 rows in batches, [\d.]+ over \d+ tokens, (equals|differs by [\d.e-]+ from) that of the same '
+        rf'rows one by one in the plain forward pass, [\d.]+ over \d+; rounding in {dtype} '
+        r'may move it by up to [\d.]+',
+        proof['says'],
+    )
+
+
+@pytest.mark.parametrize(
+    ('found', 'wanted', 'said'),
+    [
+        (3.50809, 3.52991, 'differs by 0.022 from'),
+        (3.508091, 3.508093, 'equals'),
+        (3.50809, 3.50811, 'differs by 2e-05 from'),
+    ],
+)
+def test_losses_with_different_digits_are_not_called_equal(found: float, wanted: float, said: str) -> None:
+    assert _comparison(found, wanted) == said
+
+
+def test_the_mean_of_many_rounded_losses_may_differ_less() -> None:
+    shares = [allowed_share('bf16', tokens) for tokens in (1, 25, 100, 625, 5000)]
+    assert shares == pytest.approx([0.05, 0.05, 0.025, 0.01, 0.01])
+    assert allowed_share('fp32', 1) == allowed_share('fp32', 5000) == 0.001
 
 
 def roll_labels(patch: pytest.MonkeyPatch) -> None:

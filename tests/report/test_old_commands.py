@@ -29,4 +29,4 @@ def test_a_command_of_an_earlier_version_names_the_new_one_and_does_its_work(
     )  # fmt: skip
     first, *more = done.stderr.splitlines()
     assert first == f'python -m utils.{old} is now: python -m {new}'
-    assert done.returncode == 2 and 'sft_args.json cannot be read' in more[0]
+    assert done.returncode == 2 and 'is not a run folder, because it has no sft_args.json' in more[0]

@@ -91,9 +91,40 @@ def test_two_runs_are_compared(runs: tuple[Path, Path], tmp_path: Path, capsys: 
     assert 'versions: the same' in printed
     assert target.read_text(encoding='utf-8').count('class="line2"') >= 3
     assert report([str(tmp_path), str(runs[0])]) == 2
-    assert (
-        f'{tmp_path}/sft_args.json cannot be read as JSON: No such file or directory. Give a run folder'
-        in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f'error: {tmp_path}: is not a run folder, because it has no sft_args.json. Give a run folder, '
+        'output/<model>/vN-<time>.\n'
+    )
+
+
+def test_the_comparison_is_in_the_first_run_and_leads_with_the_loss(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert report([*map(str, runs)]) == 0
+    page = runs[0] / f'compare_{runs[0].name}_{runs[1].name}.html'
+    printed = capsys.readouterr().out
+    assert page.is_file() and printed.endswith(f'curves: {page}\n') and not list(tmp_path.iterdir())
+    page.unlink()
+
+    results = printed.partition('results: ')[2].splitlines()[1:-1]
+    names = [line.split(':')[0].strip() for line in results]
+    assert names[:4] == ['eval_loss', 'eval_acc', 'eval_drift_kl', 'train_loss']
+    assert not [name for name in names if 'runtime' in name or 'eval_samples' in name or 'epoch' in name]
+    assert max(len(word) for line in results for word in line.split(': ')[1].split(' -> ')) <= 7, 'numbers are rounded'
+
+
+def test_a_report_that_cannot_be_written_is_one_error(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / 'run'
+    copy.mkdir()
+    shutil.copy(runs[0] / 'sft_args.json', copy)
+    (copy / 'report.html').mkdir()
+    assert report([str(copy)]) == 2
+    assert capsys.readouterr().err == (
+        f'error: {copy}/report.html: cannot be written: Is a directory. Make the folder writable, or copy the run '
+        'folder and name the copy.\n'
     )
 
 

@@ -94,6 +94,22 @@ def test_a_resumed_full_run_says_that_the_losses_before_are_lost(
     assert all(row['loss_before'] is None and row['loss_after'] > 0 for row in read_rows(resumed))
 
 
+@pytest.mark.slow
+def test_the_losses_before_a_second_run_are_those_of_its_adapter(
+    run_sft: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = run_sft(*ALL) / 'checkpoint-6'
+    after = {row['origin']: row['loss_after'] for row in read_rows(adapter.parent)}
+    flags = ('--adapter', str(adapter), '--only_save_model', 'false', '--save_total_limit', '-1')
+    second = run_sft(*flags, *ALL)
+    before = {row['origin']: row['loss_before'] for row in read_rows(second)}
+    assert before == pytest.approx(after, rel=1e-5)
+    plain = run_sft(*flags, '--compare_rows', '0')
+    assert hashes(second / 'checkpoint-6') == hashes(plain / 'checkpoint-6')
+    resumed = run_sft('--only_save_model', 'false', *ALL, '--resume_from_checkpoint', str(second / 'checkpoint-3'))
+    assert {row['origin']: row['loss_before'] for row in read_rows(resumed)} == before
+
+
 def test_some_rows_are_spread_evenly_over_all() -> None:
     rows = EncodedRows()
     for length in range(2, 12):

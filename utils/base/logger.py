@@ -28,6 +28,11 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO if is_main() else logging.ERROR)
 
 
+def shows_bars() -> bool:
+    """Return whether this process shows progress bars: the main process does, if standard error is a terminal."""
+    return is_main() and sys.stderr.isatty()
+
+
 def replace_unprintable() -> None:
     """Make the programs print '?' for characters that the terminal cannot encode, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -74,8 +74,8 @@ def write_gguf(
     prompt is used. If transformers cannot read the GGUF file, only the chat templates are compared. Raises ConfigError
     if the converter fails, or if the two models differ by more than rounding explains.
 
-    If `target` has no llama.cpp checkout, only the Modelfile is written. The text then has the commands that get
-    llama.cpp and write the GGUF file.
+    If `target` has no llama.cpp checkout, only the Modelfile is written, and a warning is logged. The text then has the
+    commands that get llama.cpp and write the GGUF file.
     """
     rows = [row for row in user_rows(run_dir) if not row.is_text]
     kind = target.type or _TYPES.get(stored_dtype(folder) or '', 'f16')
@@ -84,8 +84,14 @@ def write_gguf(
     if target.llama_cpp is None:
         ollama = _write_modelfile(folder, encoder, config, target.file, rows=rows, header=None)
         converts = shlex.join(['python', f'llama.cpp/{CONVERTER}', *command[2:], str(target.file.absolute())])
-        return f'no --llama_cpp is given, so no GGUF file is written. {ollama}\nget llama.cpp: git clone --depth 1 ' \
-               f'{LLAMA_CPP}\nwrite the file: {converts}\n{_serve(target.file)}'  # fmt: skip
+        logger.warning(
+            f'--gguf {target.file}: this file is not written, because --llama_cpp is not given. Add --llama_cpp FOLDER '
+            'to this command, and the file is written and compared.'
+        )
+        return (
+            f'only {target.file.with_suffix(".Modelfile")} is written. {ollama}\nget llama.cpp: git clone --depth 1 '
+            f'{LLAMA_CPP}\nor write the file without the comparison: {converts}\nthen {_serve(target.file)}'
+        )
 
     started = time.perf_counter()
     unchecked = target.file.with_name(f'.aside-{target.file.name}')

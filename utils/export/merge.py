@@ -42,10 +42,13 @@ _BOUND = {'float32': 1e-3, 'bfloat16': 1e-1, 'float16': 1e-2}
 # The largest allowed difference between the logits of the reopened model and of the merged model in memory, also as a
 # fraction of the largest logit. It is small because both have the same weights and use the same kernels.
 _SAME = 1e-5
-# Limits for the share of the adapter's effect on the logits that remains after merging. Below _LOST merging fails.
-# Below _WHOLE the outcome in proofs.json says that rounding removed a part of the effect.
+# Limits for the share of the adapter that remains after merging. Below _LOST of its effect on the logits merging fails.
+# Below _WHOLE a warning says how much rounding removed. If the files of the base are copied, the share is that of the
+# changes of the weights, because it is exact. In bf16 a small effect on the logits cannot be told from the rounding of
+# the operations: an adapter of 30 steps on SmolLM2 kept 63 % of its weights, 80 % of its effect on logits in fp32, and
+# 98 % by the logits in bf16.
 _LOST = 0.05
-_WHOLE = 0.9
+_WHOLE = 0.95
 _TEXT = 'The quick brown fox counts: 1, 2, 3, 10, 100. 敏捷的棕色狐狸。\n\ndef f(x):\n    return x ** 2\n'
 
 
@@ -122,7 +125,8 @@ def merge_checkpoint(
         proven = merge_and_save(
             model, encoder.tokenizer, target, record=record, images=images, texts=texts, config=config, base=base
         )
-        outcome = {'passed': True, 'says': f'reopened from disk, {target.name} has {proven}; {template_note}'}
+        facts = [*proven, template_note]
+        outcome = {'passed': True, 'says': f'reopened from disk, {target.name}: {"; ".join(facts)}'}
     except ConfigError as error:
         outcome['says'] = error.problems[0]
         raise
@@ -137,7 +141,7 @@ def merge_checkpoint(
         serves = 'serve it with llm_infer.py: no other program knows its template'
     if (target / MERGE_JSON).is_file() and base is not None:
         serves += f'\ncompare it with its base: python -m utils.export.same {target} {base.folder}'
-    return target, f'{outcome["says"]}\n{serves}'
+    return target, '\n'.join(['reopened from disk:', *(f'  {fact}' for fact in facts), serves])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,12 +201,13 @@ def merge_and_save(
     texts: Sequence[list[int]] = (),
     config: GenerationConfig | None = None,
     base: Base | None = None,
-) -> str:
-    """Merge the adapter, save the whole model in the folder `target`, and return a text that says what was compared.
+) -> list[str]:
+    """Merge the adapter, save the whole model in the folder `target`, and return facts that say what was compared.
 
     If possible, the files of `base` are copied and only the changed tensors are replaced. Otherwise, or without `base`,
     transformers saves the model. The saved model is loaded again. Its logits are compared with those of base + adapter,
-    on a fixed text, on the tokens that the run added, and on the token ids `texts`. `model` cannot be used afterwards.
+    on a fixed text, on the tokens that the run added, and on the token ids `texts`. If rounding removed a part of the
+    adapter, a warning is logged. `model` cannot be used afterwards.
 
     Raises ConfigError if the logits differ by more than rounding explains, if rounding removed the effect of the
     adapter, or if the tokenizer, generation settings or tied weights are wrong. In these cases `target` is not changed.
@@ -238,15 +243,21 @@ def merge_and_save(
 
     largest = max(float(logits.abs().max()) for logits in expected.wanted)
     head = 'tied' if (written.tied or expected.tied)[0] else 'separate'
-    rounded = ''
-    if share < _WHOLE:
-        rounded = f'; it keeps {share:.0%} of the effect of the adapter: --dtype fp32 keeps what rounding removed'
     compared = f'a fixed text, the new tokens and {len(texts)}' if new else f'a fixed text and {len(texts)}'
-    return (
-        f'the logits of base + adapter on {compared} of your rows (largest difference '
-        f'{difference:.3g}, largest logit {largest:.3g}), its vocabulary, generation settings and {head} '
-        f'head{rounded}; {written.says}'
-    )
+    facts = [
+        f'its logits differ from those of base + adapter by up to {difference:.3g} on {compared} of your rows; '
+        f'rounding explains up to {_bound(expected, written) * largest:.3g} (largest logit {largest:.3g})',
+        f'it has their vocabulary, generation settings and {head} head',
+    ]
+    what = 'its effect on the logits' if written.kept is None else 'the changes that it makes to the weights'
+    kept = share if written.kept is None else written.kept
+    if kept < _WHOLE:
+        facts.append(f'rounding removed a part of the adapter: {kept:.0%} of {what} is kept')
+        logger.warning(
+            f'{target}: rounding to {" and ".join(sorted(written.dtypes))} removed a part of the adapter: {kept:.0%} '
+            f'of {what} is kept. Merge with --dtype fp32, which keeps all of it.'
+        )
+    return [*facts, written.says]
 
 
 def verify_merged(
@@ -271,8 +282,7 @@ def verify_merged(
     difference = max(float((one - other).abs().max()) for one, other in zip(found, expected.wanted, strict=True))
     share = min(map(_share_of_adapter, expected.bare, expected.wanted, found))
 
-    dtypes = {str(expected.dtype).removeprefix('torch.'), *written.dtypes}
-    bound = max(_BOUND[dtype] for dtype in dtypes)
+    bound = _bound(expected, written)
     same = _SAME if reopened.config._attn_implementation == expected.kernel else bound
     fault = _logits_fault(found, expected.wanted, bound, 'base + adapter')
     fault = fault or _logits_fault(found, written.made or found, same, 'the model that was written')
@@ -282,6 +292,11 @@ def verify_merged(
             '--dtype fp32, which keeps the effect.'
         )
     return difference, share, fault or _settings_fault(reopened, found_tokenizer, expected, written)
+
+
+def _bound(expected: Expected, written: Written) -> float:
+    """Return the allowed difference of the logits from those of base + adapter, as a fraction of the largest logit."""
+    return max(_BOUND[dtype] for dtype in {str(expected.dtype).removeprefix('torch.'), *written.dtypes})
 
 
 def _logits_fault(

@@ -82,6 +82,8 @@ class Written:
     made: Sequence[torch.Tensor] | None = None
     # What `is_tied` returned for the merged model in memory. Merging may untie the head.
     tied: tuple[bool, bool] | None = None
+    # The share of the changes of the weights that rounding keeps, if the files of the base were copied.
+    kept: float | None = None
 
 
 def write_merged(
@@ -116,7 +118,7 @@ def write_merged(
         written = Written(says=says, dtypes={dtype}, made=made, tied=is_tied(merged))
     else:
         release(model)
-        hashes = write_patched(patch, folder)
+        hashes, kept = write_patched(patch, folder)
         add_end_token(tokenizer, settings)
         replace_templates(folder, tokenizer.chat_template)
         if images is not None and base is not None and base.new_processor:
@@ -131,7 +133,7 @@ def write_merged(
                 f'{folder}: not copied correctly from {patch.base}: {made_same.differences[0]}. Check the disk, then '
                 'merge again.'
             )
-        written = Written(says=made_same.says(), dtypes=patch.dtypes())
+        written = Written(says=made_same.says(), dtypes=patch.dtypes(), kept=kept)
 
     record.with_flags(sft_type='full').write(folder)
     release(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -34,6 +34,19 @@ def message_text(message: Message) -> str:
     calls = [call['function'] for call in message.get('tool_calls', ())]
     parts = [message['content'], json_as_written(calls) if calls else '']
     return '\n'.join(part for part in parts if part)
+
+
+def asked_turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Return (mark, text) of the turns that the last reply of a conversation answers. `messages` has this reply.
+
+    They are the last turn of the user, and the calls and results of tools after it. The marks are QUERY for the user,
+    TOOL for a result, and the role in capitals for any other turn.
+    """
+    before = messages[:-1]
+    users = [index for index, message in enumerate(before) if message['role'] == 'user']
+    start = users[-1] if users else max(len(before) - 1, 0)
+    marks = {'user': 'QUERY', 'tool': 'TOOL'}
+    return [(marks.get(turn['role'], turn['role'].upper()), message_text(turn)) for turn in before[start:]]
 
 
 @dataclass(kw_only=True, slots=True)

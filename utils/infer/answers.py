@@ -15,7 +15,7 @@ from utils.data.encode_plan import encode_rows
 from utils.data.encoding_report import EncodingReport
 from utils.data.plan import draw
 from utils.encode.encoder import Encoder
-from utils.formats.conversation import Row, message_text
+from utils.formats.conversation import Row, asked_turns
 from utils.infer.generation import generate_rows, wanted_texts
 from utils.infer.scores import ByRow, Scores, means
 
@@ -92,6 +92,7 @@ def _show_and_write(
 ) -> None:
     """Print the question, the answer and the label of each row. Write all of them and the scores to `target`.
 
+    The question is the last turn of the user. Calls and results of tools after it are printed too, each with its mark.
     A row of plain text has no question, so its prompt is shown instead.
     """
     with target.open('w', encoding='utf-8') as stream:
@@ -103,6 +104,6 @@ def _show_and_write(
                 content['images'] = row.images
             stream.write(json.dumps(content, ensure_ascii=False) + '\n')
 
-            question = message_text(row.messages[-2]) if len(row.messages) > 1 else ''
-            shown = f'[TEXT] {beginning}' if row.is_text else f'[QUERY] {question}'
+            turns = [('TEXT', beginning)] if row.is_text else asked_turns(row.messages) or [('QUERY', '')]
+            shown = '\n'.join(f'[{mark}] {said}' for mark, said in turns)
             print(f'{shown}\n[LABEL] {label}\n[ANSWER] {answer}\n{"-" * 40}')

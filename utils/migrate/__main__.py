@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         t = translated(read_recipe(words.recipe), words.dataset_info)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        for problem in error.problems:
+            print(f'error: {problem}', file=sys.stderr)
         return 2
 
     problems = find_problems(t)

@@ -31,20 +31,32 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument('run', type=Path, help='run folder, or a file that llm_infer.py wrote')
     parser.add_argument('other', type=Path, nargs='?', help='another one, to compare with')
     parser.add_argument(
-        '--html', type=Path, default=Path('compare.html'), help='page of the comparison (default: compare.html)'
+        '--html',
+        type=Path,
+        help='page of the comparison (default: compare_<run>_<other>.html in the folder of the run)',
     )
     words = parser.parse_args(argv)
+    page = words.html
+    if page is None and words.other is not None:
+        page = _page_of(words.run, words.other)
     try:
         if words.other is None:
             print(write_report(words.run))
         elif words.run.is_file() or words.other.is_file():
-            compare_answers(words.run, words.other, words.html)
+            compare_answers(words.run, words.other, page)
         else:
-            compare_runs(words.run, words.other, words.html)
+            compare_runs(words.run, words.other, page)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        for problem in error.problems:
+            print(f'error: {problem}', file=sys.stderr)
         return 2
     return 0
+
+
+def _page_of(run: Path, other: Path) -> Path:
+    """Return the default page of a comparison: in the folder of the run, or beside the first file of answers."""
+    names = [path.stem if path.is_file() else path.absolute().name for path in (run, other)]
+    return (run.parent if run.is_file() else run) / f'compare_{"_".join(names)}.html'
 
 
 if __name__ == '__main__':

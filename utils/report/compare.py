@@ -11,6 +11,11 @@ from utils.report.page import Markup, page, section, table
 from utils.report.svg import Series, chart
 from utils.run.read_back import RunFiles, read_run
 
+# The results that are compared, in their order, after the metrics of the last evaluation.
+_RESULTS = ('train_loss', 'steps', 'train_tokens_per_second', 'peak_memory_gib', 'seconds')
+# The end of the names of values that say how long an evaluation took. They differ between any two runs.
+_TIMINGS = ('_runtime', '_per_second')
+
 # Names of values that are not compared, because they differ between any two runs.
 _NOT_COMPARED = {'output_dir', 'resume_from_checkpoint', 'best_checkpoint', 'decisions', 'warnings'}
 
@@ -41,17 +46,27 @@ def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
 def compare(a: RunFiles, b: RunFiles) -> dict[str, list[Change]]:
     """Return the differences of two runs, as lists under the keys flags, data, versions and results.
 
-    A list is empty if there is no difference of its kind.
+    A list is empty if there is no difference of its kind. The results begin with the validation loss.
     """
-    results = ('steps', 'seconds', 'train_tokens_per_second', 'peak_memory_gib', 'train_loss', 'last_evaluation')
     return {
         'flags': changes(a.record.to_json(), b.record.to_json()),
         'data': changes(a.outcome.get('data', {}), b.outcome.get('data', {})),
         'versions': changes(a.outcome.get('versions', {}), b.outcome.get('versions', {})),
-        'results': changes(
-            {name: a.outcome.get(name) for name in results}, {name: b.outcome.get(name) for name in results}
-        ),
+        'results': _result_changes(_results(a), _results(b)),
     }
+
+
+def _results(run: RunFiles) -> dict[str, Any]:
+    """Return the results of a run by name, rounded to 4 digits: validation loss, other metrics, then _RESULTS."""
+    last = run.outcome.get('last_evaluation') or {}
+    metrics = {key: value for key, value in last.items() if key.startswith('eval_') and not key.endswith(_TIMINGS)}
+    found = {'eval_loss': None, **metrics, **{name: run.outcome.get(name) for name in _RESULTS}}
+    return {key: float(f'{value:.4g}') if isinstance(value, float) else value for key, value in found.items()}
+
+
+def _result_changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
+    names = dict.fromkeys([name for name in (*a, *b) if name not in _RESULTS] + list(_RESULTS))
+    return [(name, a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)]
 
 
 def render(a: RunFiles, b: RunFiles) -> str:
@@ -88,5 +103,7 @@ def compare_runs(run_a: Path, run_b: Path, target: Path) -> None:
     try:
         target.write_text(render(a, b), encoding='utf-8')
     except OSError as error:
-        raise ConfigError(f'--html: {target} cannot be written: {error.strerror}. Name another file.') from error
+        raise ConfigError(
+            f'--html: {target} cannot be written: {error.strerror}. Name another file with --html.'
+        ) from error
     print(f'curves: {target}')

@@ -22,7 +22,8 @@ from utils.report.html import write_report
 from utils.run.curves import plot_curves
 from utils.run.folder import Run
 from utils.run.lock import flag_words, typed_words
-from utils.run.read_back import HISTORY_JSON
+from utils.run.outcome import says_whether_it_helped, tell_checkpoint, use_commands
+from utils.run.read_back import HISTORY_JSON, read_rows
 from utils.run.record import RUN_JSON
 from utils.train.callbacks import peak_memory_gib, peak_reserved_gib
 
@@ -82,29 +83,33 @@ def finish_run(
         run.decisions.append(ended_early)
     evaluations = [entry for entry in state.log_history if 'eval_runtime' in entry]
     best = Path(state.best_model_checkpoint or str(last_checkpoint(run_dir)))
-    write_json(
-        run_dir / RUN_JSON,
-        {
-            'steps': state.global_step,
-            'ended_early': ended_early,
-            'processes': dist.world_size(),
-            'seconds': round(time.time() - started, 1),
-            'train_tokens_per_second': trainer.speedometer.tokens_per_second(),
-            'peak_memory_gib': peak_memory_gib(),
-            'peak_reserved_gib': peak_reserved_gib(),
-            'preflight_seconds': trainer.preflight_seconds,
-            'loss_spikes': trainer.guard.spikes,
-            'steps_skipped_in_fp16': trainer.guard.skipped,
-            'train_loss': next((e['loss'] for e in reversed(state.log_history) if 'loss' in e), None),
-            'last_evaluation': evaluations[-1] if evaluations else None,
-            'best_checkpoint': str(best),
-            'data': data,
-            'decisions': run.decisions,
-            'warnings': run.warnings,
-            'versions': versions(),
-            'toolkit': run.lock['toolkit'],
-        },
+    metric = trainer.args.metric_for_best_model if state.best_model_checkpoint else None
+    line, warning = says_whether_it_helped(
+        read_rows(run_dir), state.log_history, holds_out=trainer.eval_dataset is not None, flags=run.record.flags
     )
+    if warning:
+        run.warnings.append(warning)
+    outcome = {
+        'steps': state.global_step,
+        'ended_early': ended_early,
+        'processes': dist.world_size(),
+        'seconds': round(time.time() - started, 1),
+        'train_tokens_per_second': trainer.speedometer.tokens_per_second(),
+        'peak_memory_gib': peak_memory_gib(),
+        'peak_reserved_gib': peak_reserved_gib(),
+        'preflight_seconds': trainer.preflight_seconds,
+        'loss_spikes': trainer.guard.spikes,
+        'steps_skipped_in_fp16': trainer.guard.skipped,
+        'train_loss': next((e['loss'] for e in reversed(state.log_history) if 'loss' in e), None),
+        'last_evaluation': evaluations[-1] if evaluations else None,
+        'best_checkpoint': str(best),
+        'data': data,
+        'decisions': run.decisions,
+        'warnings': run.warnings,
+        'versions': versions(),
+        'toolkit': run.lock['toolkit'],
+    }
+    write_json(run_dir / RUN_JSON, outcome)
     write_json(run_dir / HISTORY_JSON, state.log_history)
 
     pictures = plot_curves(state.log_history, run_dir / 'images', run.record.flags)
@@ -117,8 +122,10 @@ def finish_run(
     prove_secrecy(run_dir, args, [str(path) for path in own if not path.is_relative_to(cache_dir())])
     logger.info(f'report: {write_report(run_dir)}')
 
-    logger.info(f'best checkpoint: {best}')
-    use = shlex.join(['python', 'llm_infer.py', *flag_words('ckpt_dir', best)])
-    logger.info(f'next: {use}')
-    logger.info(f'chat: {use} --eval_human true')
+    logger.info(tell_checkpoint(str(best), state.log_history, metric=metric))
+    logger.info(line)
+    if warning:
+        logger.warning(warning)
+    for name, command in use_commands(best, outcome).items():
+        logger.info(f'{name}: {command}')
     return best

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.errors import ConfigError
-from utils.formats.conversation import message_text
+from utils.formats.conversation import asked_turns
 from utils.report.page import Markup, block, figures, page, section, table, text
 from utils.report.rows import losses_section
 from utils.report.svg import Series, chart
 from utils.run.curves import curves_of_scores, curves_of_sets, scores_of
 from utils.run.lock import described
+from utils.run.outcome import use_commands
 from utils.run.read_back import RunFiles, read_run
 
 REPORT_HTML = 'report.html'
@@ -91,7 +92,8 @@ def _asked(row: dict[str, Any]) -> Markup:
     if 'beginning' in row:
         says = '<p class="faint">plain text: the model continues its beginning</p>'
         return Markup(f'{says}{block(row["beginning"])}')
-    return block(message_text(row['messages'][-2]) if len(row['messages']) > 1 else '')
+    turns = asked_turns(row['messages'])
+    return block('\n'.join(said if mark == 'QUERY' else f'[{mark}] {said}' for mark, said in turns))
 
 
 def _sample(sample: str) -> Markup:
@@ -201,9 +203,9 @@ def render(run: RunFiles) -> str:
     name, how = _title(run)
     outcome = run.outcome
     best = outcome.get('best_checkpoint')
-    command = f'python llm_infer.py --ckpt_dir {best}'
+    merge = f'python llm_infer.py --ckpt_dir {best} --merge_lora_and_save true'
     repeat = f'python llm_sft.py --from_run {run.folder}'
-    commands = [command, f'{command} --eval_human true', f'{command} --merge_lora_and_save true', repeat]
+    commands = [*use_commands(best, outcome).values(), merge, repeat] if best else []
     return page(
         f'{name}: {run.folder.name}',
         Markup(f'<h1>{text(name)}</h1><p class="faint">{text(how)}</p>'),
@@ -214,7 +216,7 @@ def render(run: RunFiles) -> str:
         section('Curves', curves(run)),
         section('Before and after', *_answers(run)),
         section('Validation rows before and after', *losses_section(run.rows)),
-        section('Use it and repeat it', *(map(block, commands) if best else [])),
+        section('Use it and repeat it', *map(block, commands)),
         section('Data', *_data(run)),
         section('One row as it was trained (the marked text has loss)', _sample(run.sample)),
         section('Decisions', *map(_line, outcome.get('decisions', []))),

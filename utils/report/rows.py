@@ -13,6 +13,7 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.files import Keys, check_keys
 from utils.report.page import Markup, page, section, table
+from utils.run.outcome import mean_losses
 
 # A row is known if its loss per token is below this number of nats.
 KNOWN = 0.1
@@ -63,10 +64,12 @@ def losses_section(rows: Sequence[Row]) -> list[Markup]:
         [kind, len(of_kind), ', '.join(_loss(row) for row in _most_changed(of_kind))]
         for kind, of_kind in by_kind.items()
     ]
+    losses = mean_losses(rows)
+    mean = '' if losses is None else f': {losses.before:.4g} and {losses.after:.4g} over all their tokens'
     says = (
-        f'Loss per token of {count} of {len(rows)} validation rows, before and after training. Known: below {KNOWN} '
-        f'nats. Learnt: more than {CHANGED:.0%} less. Worse: more than {CHANGED:.0%} more, and not known afterwards. '
-        'rows.jsonl has every row.'
+        f'Loss per token of {count} of {len(rows)} validation rows, before and after training{mean}. Known: below '
+        f'{KNOWN} nats. Learnt: more than {CHANGED:.0%} less. Worse: more than {CHANGED:.0%} more, and not known '
+        'afterwards. rows.jsonl has every row.'
     )
     return [Markup(f'<p class="faint">{says}</p>'), table(['rows that', 'count', 'first rows: before → after'], lines)]
 
@@ -142,5 +145,7 @@ def compare_answers(before: Path, after: Path, target: Path) -> None:
     try:
         target.write_text(page('Answers compared', Markup('<h1>Answers compared</h1>'), *sections), encoding='utf-8')
     except OSError as error:
-        raise ConfigError(f'--html: {target} cannot be written: {error.strerror}. Name another file.') from error
+        raise ConfigError(
+            f'--html: {target} cannot be written: {error.strerror}. Name another file with --html.'
+        ) from error
     print(f'answers: {target}')

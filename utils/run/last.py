@@ -6,7 +6,6 @@ same command continues it.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +25,9 @@ from utils.loading.chat_template import hash_template_file
 from utils.loading.weights import Weights
 from utils.run.folder import run_dirs
 from utils.run.lineage import adapter_file
-from utils.run.lock import flag_words, read_compared
+from utils.run.lock import read_compared
 from utils.run.new_tokens import find_new_tokens
+from utils.run.outcome import read_outcome, use_commands
 from utils.run.record import RUN_JSON, RunRecord, changed_flags, record_of
 
 _SKIPPED = 'it is skipped.'
@@ -214,12 +214,13 @@ def _is_at_end(checkpoint: Path) -> bool:
 def _tell_complete(run: Path) -> None:
     """Log that a run is complete, and name its best checkpoint."""
     logger.info(f'{run} is complete: it has the flags, data and weights of this command. Nothing is left to train.')
-    if (run / RUN_JSON).is_file():
-        best = read_json(run / RUN_JSON, keys={'best_checkpoint': str}).get('best_checkpoint')
-    else:
+    outcome = read_outcome(run)
+    best = outcome.get('best_checkpoint')
+    if best is None:
         logger.warning(f'{run} was ended after its last step and before {RUN_JSON} and the report were written.')
         newest = all_checkpoints(run)[-1]
         best = _state(newest).get('best_model_checkpoint') or newest
 
     logger.info(f'best checkpoint: {best}')
-    logger.info(f'next: {shlex.join(["python", "llm_infer.py", *flag_words("ckpt_dir", best)])}')
+    for name, command in use_commands(best, outcome).items():
+        logger.info(f'{name}: {command}')

@@ -13,7 +13,7 @@ from pathlib import Path
 from utils.base import device, dist
 from utils.base.errors import ConfigError
 from utils.base.garbage import freeze_imported
-from utils.base.logger import logger
+from utils.base.logger import logger, shows_bars
 from utils.base.packages import leave_out
 from utils.cli.arguments import CommonArguments, SftArguments
 from utils.cli.ranges import is_of_bitsandbytes
@@ -66,7 +66,7 @@ def start_processes(backend: str, *, deepspeed: bool = False, deterministic: boo
         logging.getLogger(name).setLevel(logging.ERROR)  # of all loggers below it, too
     # DeepSpeed calls collective operations by names that torch deprecates.
     warnings.filterwarnings('ignore', category=FutureWarning, module='torch.distributed')
-    if not dist.is_main():
+    if not shows_bars():
         transformers.logging.disable_progress_bar()
 
     _log_device()

@@ -41,8 +41,7 @@ def run_program(work: Callable[[], int | None]) -> int:
     search_cycles_seldom()
     replace_unprintable()
     set_up_logging()
-    # Do not send usage statistics. The library reads this variable only once, when it is imported.
-    os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+    _set_up_libraries()
 
     try:
         raise_at_ctrl_c()
@@ -87,6 +86,15 @@ def run_program(work: Callable[[], int | None]) -> int:
 
         torch.distributed.destroy_process_group()
     return code
+
+
+def _set_up_libraries() -> None:
+    """Set environment variables that libraries read once, when they are imported. Variables of the user are kept."""
+    from utils.base.logger import shows_bars
+
+    os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')  # send no usage statistics
+    if not shows_bars():
+        os.environ.setdefault('TQDM_DISABLE', '1')  # the bars of all libraries are made by tqdm
 
 
 def _missing_library(library: str) -> str:

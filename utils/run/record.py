@@ -160,6 +160,8 @@ def record_of(args: SftArguments, *, system_typed: bool, base_model: Mapping[str
 
 def read_run_record(run_dir: Path) -> RunRecord:
     """Return the record of a run folder. Raises ConfigError if the folder is not a run folder."""
+    if not (run_dir / SFT_ARGS).is_file():
+        raise ConfigError(f'{run_dir}: is not a run folder, because it has no {SFT_ARGS}. {_GIVE_RUN}')
     record = RunRecord.read(run_dir, remedy=_GIVE_RUN)
     if not fits(record.flags, {'sft_type': str, 'dataset': list[str]}):
         raise ConfigError(f'{run_dir / SFT_ARGS}: it does not say how a run was trained. {_GIVE_RUN}')

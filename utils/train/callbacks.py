@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -157,6 +158,46 @@ class Speedometer(TrainerCallback):
     def tokens_per_second(self) -> float | None:
         """Return the non-padding tokens per second of this process, or None if no step was counted."""
         return round(self.tokens / self.seconds, 1) if self.seconds else None
+
+
+class LogLines(TrainerCallback):
+    """Logs the numbers of the trainer in lines, each with the step and the remaining time. Used without progress bars.
+
+    The time is estimated from the steps of this process so far, with their evaluations and checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._first = 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the measurement before the first step."""
+        if self._since is None:
+            self._since = time.perf_counter()
+            self._first = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log one line, for example `step 10 of 100, 0:01:30 left: {'loss': '2.625', 'learning_rate': '5e-05'}`."""
+        done = state.global_step - self._first
+        left = ''
+        if self._since is not None and done and state.global_step < state.max_steps:
+            seconds = (time.perf_counter() - self._since) / done * (state.max_steps - state.global_step)
+            left = f', {timedelta(seconds=round(seconds))} left'
+        shown = {
+            name: f'{value:.4g}' if isinstance(value, float) else value
+            for name, value in (logs or {}).items()
+            if name != 'total_flos'
+        }
+        logger.info(f'step {state.global_step} of {state.max_steps}{left}: {shown}')
 
 
 class EvaluationCutError(Exception):

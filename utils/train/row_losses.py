@@ -22,16 +22,20 @@ if TYPE_CHECKING:
 class RowLosses(TrainerCallback):
     """Writes the losses of all validation rows after training, and of `count` of them before training.
 
-    With LoRA, the losses before training are computed at the end, with the adapter switched off. So with --adapter they
-    are the losses of the base model without the given adapter.
+    With a new LoRA adapter, the losses before training are computed at the end, with the adapter switched off.
 
-    With --sft_type full, the losses before training are computed before the first step. A resumed run reads them from
-    the folder of the run that wrote the checkpoint. The losses after training are those of the last evaluation, so they
-    are not computed again.
+    With --sft_type full, and with LoRA that starts from the adapter of --adapter (`from_adapter`), the losses before
+    training are computed before the first step, with this adapter. A resumed run reads them from the folder of the run
+    that wrote the checkpoint.
+
+    The losses after training are those of the last evaluation, so they are not computed again.
     """
 
-    def __init__(self, trainer: SftTrainer, count: int, resumed_from: str | None) -> None:
+    def __init__(
+        self, trainer: SftTrainer, count: int, resumed_from: str | None, *, from_adapter: bool = False
+    ) -> None:
         self.trainer = trainer
+        self.at_end = isinstance(trainer.model, PeftModel) and not from_adapter
         rows = trainer.eval_dataset
         self.rows: EncodedRows | None = rows.evenly(count) if count and rows is not None else None
         self.resumed_from = resumed_from
@@ -41,8 +45,8 @@ class RowLosses(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """With --sft_type full, compute or read the losses before training, and write them to rows.jsonl."""
-        if self.rows is None or isinstance(self.trainer.model, PeftModel):
+        """Compute or read the losses before training, and write them to rows.jsonl. Does nothing if `at_end`."""
+        if self.rows is None or self.at_end:
             return
         if self.resumed_from is not None:
             earlier = read_rows(Path(self.resumed_from).absolute().parent)
@@ -76,7 +80,7 @@ class RowLosses(TrainerCallback):
             set_random_state(random)
 
     def finish(self) -> None:
-        """Write rows.jsonl. With LoRA, first compute the losses without the adapter. Every process must call this.
+        """Write rows.jsonl. If `at_end`, first compute the losses without the adapter. Every process must call this.
 
         Does nothing if no evaluation has computed losses.
         """
@@ -84,7 +88,7 @@ class RowLosses(TrainerCallback):
         if trainer.last_sums is None:
             return
         model: Any = trainer.model
-        if self.rows is not None and isinstance(model, PeftModel):
+        if self.rows is not None and self.at_end:
             with model.disable_adapter():
                 self._compute()
         if trainer.args.should_save:

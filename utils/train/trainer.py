@@ -14,7 +14,7 @@ from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import Seq2SeqTrainer
+from transformers import PrinterCallback, Seq2SeqTrainer
 
 from utils.base import dist
 from utils.base.files import write_json
@@ -41,6 +41,7 @@ from utils.train.callbacks import (
     EpochOrder,
     EvaluateAtEnd,
     EvaluationCutError,
+    LogLines,
     Speedometer,
     StepIntervals,
     StopCallback,
@@ -709,4 +710,7 @@ def make_trainer(args: SftArguments, model: Any, data: PreparedData, setup: Trai
         compute_metrics=_metrics(setup, sets),
     )
     trainer.add_callback(StepIntervals(args, setup.run))
+    if training.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines())
     return trainer

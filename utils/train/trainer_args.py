@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Seq2SeqTrainingArguments, get_scheduler
 
 from utils.base import device, dist
+from utils.base.logger import shows_bars
 from utils.cli.arguments import SftArguments
 from utils.cli.schedule import STABLE_DECAY, count_decay_steps, count_warmup_steps, warmup_asked
 from utils.cli.scores import score_name
@@ -76,7 +77,7 @@ def training_arguments(
         label_names=['labels'],
         # --report_to is done by train/trackers.py.
         report_to='none',
-        disable_tqdm=not dist.is_main(),
+        disable_tqdm=not shows_bars(),
     )
 
 
