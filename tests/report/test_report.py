@@ -123,8 +123,8 @@ def test_a_report_that_cannot_be_written_is_one_error(
     (copy / 'report.html').mkdir()
     assert report([str(copy)]) == 2
     assert capsys.readouterr().err == (
-        f'error: {copy}/report.html: the report cannot be written: Is a directory. Correct the permissions, or free disk '
-        'space.\n'
+        f'error: {copy}/report.html: the report cannot be written: Is a directory. Correct the permissions, or free '
+        'disk space.\n'
     )
 
 
