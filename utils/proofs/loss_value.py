@@ -29,11 +29,11 @@ _BATCH_ROWS = 2
 # The allowed difference as a fraction of the loss. It is not 0, because sums over a batch are rounded differently than
 # sums over one row. _EXACT is for fp32. In 16 bits, the loss of each token is rounded independently, so the allowed
 # difference falls with the square root of the number of tokens, from _ROUNDED for up to _FEW tokens to _LEAST. With
-# SmolLM2-135M in bf16, the largest of 22 differences was a sixth of this.
+# SmolLM2-135M in bf16, the largest of 22 differences was a sixth of this or less. Deeper models round more.
 _EXACT = 1e-3
 _ROUNDED = 5e-2
 _FEW = 25
-_LEAST = 1e-2
+_LEAST = 2e-2
 
 Items = list[dict[str, Any]]
 
