@@ -445,5 +445,5 @@ def test_a_corrupt_tiktoken_file_is_an_error(tmp_path: Path) -> None:
 def test_a_corrupt_tokenizer_config_is_an_error(tmp_path: Path, content: str) -> None:
     shutil.copy(GOLDENS / 'internlm.model', tmp_path / 'tokenizer.model')
     (tmp_path / 'tokenizer_config.json').write_text(content, encoding='utf-8')
-    with pytest.raises(ConfigError, match=r'tokenizer_config\.json'):
+    with pytest.raises(ConfigError, match=r'tokenizer_config\.json|its tokenizer has the special token .* no text'):
         build_internlm_tokenizer(tmp_path)
