@@ -486,7 +486,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'comparing into a file': (
         lambda w: report([str(w.first), str(w.first), '--html', str(w.data / 'a.html')]),
-        'a.html cannot be written: Not a directory. Name another file.',
+        'a.html cannot be written: Not a directory. Name another file with --html.',
     ),
 }  # fmt: skip
 
