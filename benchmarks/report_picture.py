@@ -107,7 +107,8 @@ def draw(folder: Path) -> str:
         for name in ('run', 'history', 'proofs', 'answers', 'sft_args')
     )
     how = f'{"LoRA" if arguments["sft_type"] == "lora" else "all weights"} on {", ".join(arguments["dataset"])}'
-    parts = [text(20, 38, arguments['model_type'], size=20, weight=600), text(20, 60, how, colour=FAINT)]
+    name = arguments['model_type'] or Path(arguments['model_id_or_path']).name
+    parts = [text(20, 38, name, size=20, weight=600), text(20, 60, how, colour=FAINT)]
     parts += tiles(run, 76)
     table, below = proofs(found, 162)
     parts += table

@@ -62,8 +62,8 @@ def says_whether_it_helped(
 
     losses = mean_losses(rows)
     if losses is None:
-        evaluated = (entry for entry in reversed(history) if 'eval_runtime' in entry)
-        last: Mapping[str, Any] = next(evaluated, {})
+        evaluations = [entry for entry in history if 'eval_runtime' in entry]
+        last = evaluations[-1] if evaluations else {}
         numbers = [
             f'{name.removeprefix("eval_")} {value:.4g}'
             for name, value in last.items()
