@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -56,19 +57,43 @@ def _mixin_for(kind: type[nn.Module]) -> type[_FusedRotary] | None:
     kernel. Returns None if `kind.forward` does not call a rotary function that equals Llama's.
     """
     forward = kind.forward
-    if not isinstance(forward, types.FunctionType) or _NAME not in forward.__code__.co_names:
+    if not isinstance(forward, types.FunctionType):
         return None
-    plain = forward.__globals__.get(_NAME)
+    undecorated = inspect.unwrap(forward)
+    if _NAME not in undecorated.__code__.co_names:
+        return None
+    plain = undecorated.__globals__.get(_NAME)
     if plain is None or not _equals_llama(plain):
         return None
 
-    names = {**forward.__globals__, _NAME: rotation_over(plain)}
-    fused = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    fused.__kwdefaults__ = forward.__kwdefaults__
-    functools.update_wrapper(fused, forward)
+    fused = _copy_with(forward, {_NAME: rotation_over(plain)})
     # transformers and attention.py look up functions in the module of a layer's class.
     fields = {'forward': fused, '__module__': kind.__module__}
     return type(f'Rotary{kind.__name__}', (_FusedRotary,), fields)
+
+
+def _copy_with(function: Any, names: Mapping[str, Any]) -> types.FunctionType:
+    """Return a copy of a function that finds `names` in place of the globals of its module.
+
+    If the function is decorated (transformers 5.24 renames an argument so), the copy has a copy of the decorated
+    function, and that one finds `names`.
+    """
+    closure = function.__closure__
+    decorated = getattr(function, '__wrapped__', None)
+    if decorated is None:
+        found = {**function.__globals__, **names}
+    else:
+        found = function.__globals__
+        inner = _copy_with(decorated, names)
+        closure = tuple(types.CellType(inner) if c.cell_contents is decorated else c for c in closure or ())
+    copy = types.FunctionType(function.__code__, found, function.__name__, function.__defaults__, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(copy, function)
+    if decorated is None:
+        del copy.__wrapped__  # type: ignore[attr-defined]  # it is a copy of the function, not a decorator of it
+    else:
+        copy.__wrapped__ = inner  # type: ignore[attr-defined]
+    return copy
 
 
 @torch.no_grad()
