@@ -45,7 +45,10 @@ def held_folder(folder: Path) -> Iterator[None]:
     If the process dies, the system releases the lock. Nothing is held on Windows, and on file systems that have no
     locks for folders.
     """
-    handle = None if is_held(folder) else _lock_folder(folder)
+    try:
+        handle = _lock_folder(folder)
+    except BlockingIOError:  # another process holds it
+        handle = None
     if handle is None:
         yield
         return
