@@ -123,7 +123,10 @@ def test_memory_that_does_not_suffice_shows_at_once_with_what_would(
     problems: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two rows of 400 tokens take 0.9 GiB in this model; one row or half the tokens at most 0.6."""
+    """Two rows of 400 tokens need more than 1.1 GiB here, and one row or half of the tokens fits into 0.8 GiB.
+
+    With less, it depends on where freed memory lies whether one row fits.
+    """
     from utils.proofs.first_step import FirstStepGate
 
     make_model(intermediate_size=32768).save_pretrained(tmp_path / 'wide')
@@ -135,7 +138,7 @@ def test_memory_that_does_not_suffice_shows_at_once_with_what_would(
 
     def limited(self: FirstStepGate, *args: Any, **kwargs: Any) -> None:
         used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + int(0.74 * 2**30), unlimited[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (used + int(0.95 * 2**30), unlimited[1]))
         try:
             begin(self, *args, **kwargs)
         finally:
