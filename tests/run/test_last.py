@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,14 +101,13 @@ def test_a_run_that_is_being_trained_is_not_resumed(killed: Path, again: Callabl
 
 def test_a_run_is_in_progress_until_its_process_dies_even_if_a_fork_lives_on(tmp_path: Path) -> None:
     code = (
-        'import os, signal, sys, time\n'
+        'import os, sys, time\n'
         'from pathlib import Path\n'
         'from utils.run.folder import in_progress\n'
         'with in_progress(Path(sys.argv[1])):\n'
         '    child = os.fork()\n'
-        '    if child == 0:\n'
-        '        time.sleep(60)\n'
-        '    print(child, flush=True)\n'
+        '    if child == 0:\n'  # a fork has closed the folder when its first line runs
+        '        print(os.getpid(), flush=True)\n'
         '    time.sleep(60)\n'
     )
     with subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as process:
@@ -122,6 +123,34 @@ def test_a_run_is_in_progress_until_its_process_dies_even_if_a_fork_lives_on(tmp
     with in_progress(tmp_path):
         assert is_held(tmp_path)
     assert not is_held(tmp_path)
+
+
+def test_a_command_that_asks_does_not_keep_a_run_from_its_lock(tmp_path: Path) -> None:
+    """Thousands of questions from two threads meet many beginnings of a run."""
+    ended = threading.Event()
+
+    def ask() -> int:
+        asked = 0
+        while not ended.is_set():
+            is_held(tmp_path)
+            asked += 1
+        return asked
+
+    with ThreadPoolExecutor(2) as pool:
+        askers = [pool.submit(ask) for _ in range(2)]
+        seen = []
+        for _ in range(200):
+            with in_progress(tmp_path):
+                seen.append(is_held(tmp_path))
+        ended.set()
+        assert min(asker.result() for asker in askers) > 0
+    assert seen == [True] * 200
+    assert not is_held(tmp_path)
+
+
+def test_two_commands_that_ask_at_once_do_not_take_each_other_for_a_run(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        assert not any(pool.map(is_held, [tmp_path] * 4000))
 
 
 def test_a_complete_run_is_not_trained_again(killed: Path, whole: Path, again: Callable[..., str]) -> None:

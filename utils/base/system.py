@@ -7,6 +7,7 @@ import functools
 import importlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -42,13 +43,10 @@ def locked(path: Path) -> Iterator[None]:
 def held_folder(folder: Path) -> Iterator[None]:
     """Hold the lock on a folder while the body runs, so that `is_held` is True for every process of this machine.
 
-    If the process dies, the system releases the lock. Nothing is held on Windows, and on file systems that have no
-    locks for folders.
+    If the process dies, the system releases the lock. Nothing is held on Windows, on file systems that have no locks
+    for folders, and if another process holds the lock.
     """
-    try:
-        handle = _lock_folder(folder)
-    except BlockingIOError:  # another process holds it
-        handle = None
+    handle = _lock_or_give_up(folder)
     if handle is None:
         yield
         return
@@ -62,9 +60,12 @@ def held_folder(folder: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a process holds the lock on a folder (see `held_folder`)."""
+    """Return whether a process holds the lock on a folder (see `held_folder`).
+
+    The answer comes from a shared lock, so that two processes that ask at once do not take each other for a holder.
+    """
     try:
-        handle = _lock_folder(folder)
+        handle = _lock_folder(folder, shared=True)
     except BlockingIOError:
         return True
     if handle is not None:
@@ -76,10 +77,24 @@ def is_held(folder: Path) -> bool:
 _HELD: set[int] = set()
 
 
-def _lock_folder(folder: Path) -> int | None:
+def _lock_or_give_up(folder: Path) -> int | None:
+    """Lock a folder as `_lock_folder` does, or return None if another process holds the lock for half a second.
+
+    `is_held` needs the lock for microseconds, in which the folder cannot be locked.
+    """
+    for _ in range(50):
+        try:
+            return _lock_folder(folder)
+        except BlockingIOError:
+            time.sleep(0.01)
+    return None
+
+
+def _lock_folder(folder: Path, *, shared: bool = False) -> int | None:
     """Lock a folder, and return its open file descriptor. Closing the descriptor releases the lock.
 
-    Returns None if folders cannot be locked here. Raises BlockingIOError if the lock is held already.
+    Returns None if folders cannot be locked here. Raises BlockingIOError if another descriptor holds the lock, or for
+    a shared lock, if another descriptor holds it exclusively.
     """
     try:
         import fcntl
@@ -87,7 +102,7 @@ def _lock_folder(folder: Path) -> int | None:
         return None
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise
