@@ -97,6 +97,23 @@ def test_two_runs_are_compared(runs: tuple[Path, Path], tmp_path: Path, capsys: 
     )
 
 
+def test_a_checkpoint_is_not_taken_for_its_run(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its report would be empty: the curve, the proofs and the answers are in the folder of the run."""
+    checkpoint = runs[0] / 'checkpoint-6'
+    for words in ([str(checkpoint)], [str(runs[1]), str(checkpoint), '--html', str(tmp_path / 'both.html')]):
+        assert report(words) == 2
+        assert capsys.readouterr().err == (
+            f'error: {checkpoint}: is a checkpoint, not a run folder. Give the folder of its run: {runs[0]}\n'
+        )
+    assert not (checkpoint / 'report.html').exists() and not list(tmp_path.iterdir())
+
+    alone = shutil.copytree(checkpoint, tmp_path / 'copy' / 'checkpoint-6')
+    assert report([str(alone)]) == 2
+    assert capsys.readouterr().err.endswith('not a run folder. Give a run folder, output/<model>/vN-<time>.\n')
+
+
 def test_the_comparison_is_in_the_first_run_and_leads_with_the_loss(
     runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

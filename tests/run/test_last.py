@@ -99,6 +99,23 @@ def test_a_run_that_is_being_trained_is_not_resumed(killed: Path, again: Callabl
     assert f'--resume_from_checkpoint last: {killed} fits this command, and another process trains it now. Wait' in log
 
 
+def test_a_second_run_from_a_run_in_progress_is_warned(
+    killed: Path, again: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint that the other process is writing is not called deletable."""
+    (killed / '.checkpoint-4.partial').mkdir()
+    words = ('--resume_from_checkpoint', str(killed / 'checkpoint-2'), '--dry_run')
+    with in_progress(killed):
+        again(*words)
+    printed = capsys.readouterr().out
+    assert f'--resume_from_checkpoint {killed / "checkpoint-2"}: another process trains {killed} now.' in printed
+    assert 'can be deleted' not in printed
+
+    again(*words)
+    printed = capsys.readouterr().out
+    assert 'another process' not in printed and '.checkpoint-4.partial was being written when that run' in printed
+
+
 def test_a_run_is_in_progress_until_its_process_dies_even_if_a_fork_lives_on(tmp_path: Path) -> None:
     code = (
         'import os, sys, time\n'

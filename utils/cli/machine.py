@@ -26,7 +26,7 @@ from utils.cli.parallel import check_deepspeed, check_processes
 from utils.cli.ranges import is_of_bitsandbytes
 from utils.cli.resolution import Ready, Resolution, decision, reading_of
 from utils.cli.resolve_common import quantized_problems
-from utils.cli.resumed import check_resume, partial_checkpoints
+from utils.cli.resumed import check_resume, warn_of_resumed_run
 from utils.cli.scores import check_score_files
 from utils.cli.trackers import check_tracker_packages, variables_without_effect
 from utils.data.parts import open_parts
@@ -261,7 +261,7 @@ def settle_sft(done: Resolution[SftArguments]) -> Ready[SftArguments]:
     elif args.resume_from_checkpoint is not None:
         checkpoint = Path(args.resume_from_checkpoint)
         check_resume(checkpoint, args, problems)
-        done.warnings += partial_checkpoints(checkpoint.absolute().parent)
+        done.warnings += warn_of_resumed_run(checkpoint)
 
     if is_of_bitsandbytes(args.optim) and not has_package('bitsandbytes'):
         problems.add(f'--optim {args.optim} needs bitsandbytes: pip install bitsandbytes')

@@ -14,6 +14,7 @@ from utils.base.checkpoint import (
     partial_name,
 )
 from utils.base.errors import Problems
+from utils.base.system import is_held
 from utils.cli.arguments import SftArguments
 from utils.loading.folder import is_adapter, read_adapter_config
 
@@ -22,12 +23,27 @@ _GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/check
 
 
 def partial_checkpoints(run_dir: Path) -> list[str]:
-    """Return a warning for each incomplete checkpoint of a run, left by a process that ended while writing."""
+    """Return a warning for each incomplete checkpoint of a run, left by a process that ended while writing.
+
+    The run must not be in progress: then a checkpoint is incomplete because it is being written.
+    """
     pattern = partial_name(Path('checkpoint-*')).name
     return [
         f'{partial} was being written when that run ended. It is incomplete and can be deleted.'
         for partial in sorted(run_dir.glob(pattern))
     ]
+
+
+def warn_of_resumed_run(checkpoint: Path) -> list[str]:
+    """Return warnings about the run of a checkpoint from which training resumes."""
+    run_dir = checkpoint.absolute().parent
+    if is_held(run_dir):
+        return [
+            f'--resume_from_checkpoint {checkpoint}: another process trains {run_dir} now. This run is a second one '
+            'beside it, and that run may delete the checkpoint while it is read (--save_total_limit). To continue '
+            'that run, wait until it ends.'
+        ]
+    return partial_checkpoints(run_dir)
 
 
 def check_resume(checkpoint: Path, args: SftArguments, problems: Problems) -> None:

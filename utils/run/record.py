@@ -160,6 +160,10 @@ def record_of(args: SftArguments, *, system_typed: bool, base_model: Mapping[str
 
 def read_run_record(run_dir: Path) -> RunRecord:
     """Return the record of a run folder. Raises ConfigError if the folder is not a run folder."""
+    if _holds_model(run_dir) and (run_dir / SFT_ARGS).is_file():  # a checkpoint repeats the record of its run
+        parent = run_dir.absolute().parent
+        remedy = f'Give the folder of its run: {parent}' if (parent / SFT_ARGS).is_file() else _GIVE_RUN
+        raise ConfigError(f'{run_dir}: is a checkpoint, not a run folder. {remedy}')
     if not (run_dir / SFT_ARGS).is_file():
         raise ConfigError(f'{run_dir}: is not a run folder, because it has no {SFT_ARGS}. {_GIVE_RUN}')
     record = RunRecord.read(run_dir, remedy=_GIVE_RUN)
@@ -192,12 +196,15 @@ def open_checkpoint(checkpoint: Path, problems: Problems) -> Trained:
     return Trained(checkpoint=checkpoint, record=record)
 
 
+def _holds_model(folder: Path) -> bool:
+    return (folder / 'adapter_config.json').is_file() or (folder / 'config.json').is_file()
+
+
 def _checkpoint_problem(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return f'--ckpt_dir {checkpoint} is not a directory (looked in {checkpoint.absolute().parent}).'
 
-    holds_model = (checkpoint / 'adapter_config.json').is_file() or (checkpoint / 'config.json').is_file()
-    if not holds_model:
+    if not _holds_model(checkpoint):
         newest = last_checkpoint(checkpoint)
         remedy = f'It is a run folder: give {newest}.' if newest else 'Give a folder checkpoint-N of a run.'
         return (
