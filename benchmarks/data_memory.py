@@ -51,7 +51,7 @@ def write_findings(path: Path, count: int) -> None:
 def measure(task: str, file: str, tokenizer: str) -> tuple[float, float]:
     """Run one task in this process; returns its peak in MB above the libraries, and its seconds."""
     from utils.checks.clean_copy import CleanCopy
-    from utils.checks.dataset import DataCheck
+    from utils.checks.data_check import DataCheck
     from utils.checks.repetition import Seen
     from utils.data.encode_plan import batches, prepare_data
     from utils.data.plan import plan_rows

@@ -18,8 +18,9 @@ from tests.support.loopback_hub import LoopbackHub
 from tests.support.runs import ROOT, write_jsonl
 from tests.support.tiny_models import make_model, make_tokenizer
 from utils import dataset
-from utils.checks import dataset as dataset_check
-from utils.checks.dataset import CONFLICT, DUPLICATE, EMPTY_EARLIER, LEAKED, MOJIBAKE, Findings, wrong_order
+from utils.checks.data_check import CONFLICT, DUPLICATE, LEAKED
+from utils.checks.findings import Findings
+from utils.checks.suspect import EMPTY_EARLIER, MOJIBAKE, is_mojibake, wrong_order
 from utils.data.tally import Tally
 from utils.encode.account import row_texts
 from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, REASONING_LEFT_OUT, TOOLS_IGNORED
@@ -381,9 +382,9 @@ def test_mojibake_is_told_from_words_of_other_languages() -> None:
         '你好，世界',
         '10 °C ± 5 £',
     ]
-    assert not [t for t in good if dataset_check._MOJIBAKE.search(t)]
+    assert not [t for t in good if is_mojibake(t)]
     bad = [t.encode().decode('latin-1') for t in good if not t.isascii()]
-    assert len(bad) == 8 and all(dataset_check._MOJIBAKE.search(t) for t in bad)
+    assert len(bad) == 8 and all(is_mojibake(t) for t in bad)
 
 
 def test_the_doctor_imports_no_torch_of_its_own(tokenizer_dir: Path, tmp_path: Path) -> None:

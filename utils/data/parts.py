@@ -536,4 +536,9 @@ def open_replies(row: Row) -> int:
 
 def row_notes(row: Row) -> list[str]:
     """Return the notes of a row, and one more note for each of its unused columns and keys."""
-    return [*row.notes, *(f'{name} is not used' for name in row.unused)]
+    return [*row.notes, *map(unused_note, row.unused)]
+
+
+def unused_note(name: str) -> str:
+    """Return the note about a column or key that is not used, for example 'column `id`'."""
+    return f'{name} is not used'

@@ -587,12 +587,13 @@ def _from_pair(row: Mapping[str, Any], *, asked: str, answered: str) -> Row:
 
 Converter = Callable[[Mapping[str, Any]], Row]
 
-# (required columns, converter) of each format. The first format whose columns are all present is used.
-SHAPES: tuple[tuple[frozenset[str], Converter], ...] = (
-    (frozenset({'messages'}), _from_messages),
-    (frozenset({'conversations'}), _from_conversations),
-    (frozenset({'query', 'response'}), _from_query),
-    (frozenset({'instruction', 'output'}), _from_instruction),
+# (required columns, converter) of each format. The last of the columns has the reply. A row is read in the first format
+# whose required columns it has.
+SHAPES: tuple[tuple[tuple[str, ...], Converter], ...] = (
+    (('messages',), _from_messages),
+    (('conversations',), _from_conversations),
+    (('query', 'response'), _from_query),
+    (('instruction', 'output'), _from_instruction),
 )
 # Columns of a question and of its answer, for rows that fit none of the formats above.
 PAIRS = (
@@ -604,9 +605,9 @@ PAIRS = (
 )
 # The formats for rows that fit none of SHAPES. A row whose columns fit two of these formats is refused, because
 # nothing in the row says which format is meant.
-OTHER_SHAPES: tuple[tuple[frozenset[str], Converter], ...] = (
-    *((frozenset(pair), functools.partial(_from_pair, asked=pair[0], answered=pair[1])) for pair in PAIRS),
-    (frozenset({'text'}), _from_text),
+OTHER_SHAPES: tuple[tuple[tuple[str, ...], Converter], ...] = (
+    *((pair, functools.partial(_from_pair, asked=pair[0], answered=pair[1])) for pair in PAIRS),
+    (('text',), _from_text),
 )
 KNOWN_SHAPES = (
     'query/response[/history][/system], instruction/input/output, messages with role/content, '
@@ -614,9 +615,11 @@ KNOWN_SHAPES = (
     + ', '.join('/'.join(pair) for pair in PAIRS)
     + ', text; tools and images are optional'
 )
+_NEEDED = [column for needed, _ in (*SHAPES, *OTHER_SHAPES) for column in needed]
 # Every column name that some format reads.
-_NEEDED = [name for needed, _ in (*SHAPES, *OTHER_SHAPES) for name in sorted(needed)]
-KNOWN_COLUMNS = tuple(dict.fromkeys([*_NEEDED, 'history', *_EVERYWHERE]))
+KNOWN_COLUMNS = tuple(dict.fromkeys([*_NEEDED, *_OPTIONAL, *_EVERYWHERE]))
+# The columns that have the reply in some format.
+REPLY_COLUMNS = tuple(dict.fromkeys(needed[-1] for needed, _ in (*SHAPES, *OTHER_SHAPES)))
 
 
 def find_converter(columns: Iterable[str]) -> Converter | None:
@@ -626,10 +629,10 @@ def find_converter(columns: Iterable[str]) -> Converter | None:
     only if exactly one format of OTHER_SHAPES fits.
     """
     given = frozenset(columns)
-    first = next((converter for needed, converter in SHAPES if needed <= given), None)
+    first = next((converter for needed, converter in SHAPES if given.issuperset(needed)), None)
     if first is not None:
         return first
-    fitting = [converter for needed, converter in OTHER_SHAPES if needed <= given]
+    fitting = [converter for needed, converter in OTHER_SHAPES if given.issuperset(needed)]
     return fitting[0] if len(fitting) == 1 else None
 
 
@@ -641,9 +644,9 @@ def ambiguous_shapes(columns: Collection[str]) -> list[frozenset[str]]:
     matches, the list is empty.
     """
     given = frozenset(columns)
-    if any(needed <= given for needed, _ in SHAPES):
+    if any(given.issuperset(needed) for needed, _ in SHAPES):
         return []
-    fitting = [needed for needed, _ in OTHER_SHAPES if needed <= given]
+    fitting = [frozenset(needed) for needed, _ in OTHER_SHAPES if given.issuperset(needed)]
     return fitting if len(fitting) > 1 else []
 
 
@@ -654,9 +657,8 @@ def tidy_columns(columns: Sequence[str]) -> dict[str, str]:
     a format reads. Returns {} if the names in the file already fit a format, if the new names fit no format, or if two
     columns would get the same name.
     """
-    known = frozenset().union(*(needed for needed, _ in (*SHAPES, *OTHER_SHAPES)), _EVERYWHERE, _OPTIONAL)
     tidy = {column: column.strip().lower() for column in columns}
-    names = {column: name if name in known else column for column, name in tidy.items()}
+    names = {column: name if name in KNOWN_COLUMNS else column for column, name in tidy.items()}
     if find_converter(columns) or len(set(names.values())) < len(names) or not find_converter(names.values()):
         return {}
     return {column: name for column, name in names.items() if name != column}
@@ -664,7 +666,7 @@ def tidy_columns(columns: Sequence[str]) -> dict[str, str]:
 
 def needed_columns(converter: Converter) -> frozenset[str]:
     """Return the columns that a converter requires."""
-    return next(needed for needed, known in (*SHAPES, *OTHER_SHAPES) if known is converter)
+    return next(frozenset(needed) for needed, known in (*SHAPES, *OTHER_SHAPES) if known is converter)
 
 
 def _turn_notes(messages: Sequence[Message]) -> Iterable[str]:
