@@ -1,4 +1,4 @@
-"""The registry of data sets. utils/data/parts.py reads the data sets."""
+"""The registry of data sets. utils/data/open_parts.py opens the data sets."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import pytest
 
 from tests.support.runs import write_jsonl
 from utils.data.held_out import held_out, read_held_out
-from utils.data.parts import VAL, read_rows_at
+from utils.data.open_parts import read_rows_at
+from utils.data.parts import VAL
 from utils.data.plan import Plan, plan_rows
 from utils.formats.columns import check_row
 from utils.formats.conversation import Row
@@ -111,7 +112,7 @@ def test_only_wanted_rows_are_converted(tmp_path: Path, monkeypatch: pytest.Monk
         checked.append(row)
         return check_row(row)
 
-    monkeypatch.setattr('utils.data.parts.check_row', noted)
+    monkeypatch.setattr('utils.data.converted_rows.check_row', noted)
     assert read_held_out(content, words) is not None
     assert len(checked) == len(content[words[0]]['rows']) + 1, 'and the first one, which tells the shape'
     assert read_rows_at(plan.parts[0].files, frozenset()) == []

@@ -41,7 +41,8 @@ REGISTRIES = {'dataset', 'model', 'preprocess'}
 # command line needs. Exceptions are the native classes of 2023, which need torch.
 LIGHT = {'base', 'preprocess', 'hub', 'formats', 'dataset', 'loading', 'model', 'cli', 'run', 'migrate'}
 LIGHT_OF_DATA = {
-    'utils.data.held_out', 'utils.data.mixture', 'utils.data.own_rows', 'utils.data.parts', 'utils.data.plan',
+    'utils.data.converted_rows', 'utils.data.held_out', 'utils.data.mixture', 'utils.data.open_parts',
+    'utils.data.own_rows', 'utils.data.parts', 'utils.data.plan',
     'utils.data.sources', 'utils.data.stream_parts', 'utils.data.tally',
 }  # fmt: skip
 NOT_LIGHT = 'utils.loading.legacy.classes.'

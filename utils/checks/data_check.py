@@ -25,9 +25,10 @@ from utils.checks.suspect import (
     wrong_order,
 )
 from utils.cli.arguments import SftArguments
+from utils.data.converted_rows import ReadRow, unused_note
 from utils.data.encode_plan import EncodedAgain, encode_batch
 from utils.data.encoding_report import EncodingReport
-from utils.data.parts import TRAIN, UNUSED, VAL, ReadRow, unused_note
+from utils.data.parts import TRAIN, UNUSED, VAL
 from utils.data.tally import counted
 from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
 from utils.encode.encoded import (

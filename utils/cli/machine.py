@@ -29,7 +29,7 @@ from utils.cli.resolve_common import quantized_problems
 from utils.cli.resumed import check_resume, warn_of_resumed_run
 from utils.cli.scores import check_score_files
 from utils.cli.trackers import check_tracker_packages, variables_without_effect
-from utils.data.parts import open_parts
+from utils.data.open_parts import open_parts
 from utils.data.sources import check_sources, find_files, is_text_file, parse_source
 from utils.formats.conversation import Row
 from utils.formats.hub_files import HubFiles

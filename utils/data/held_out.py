@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from utils.base.names import HubName
-from utils.data.parts import AS_WRITTEN, VAL, VALIDATION, Part, open_parts, read_rows_at
+from utils.data.converted_rows import AS_WRITTEN
+from utils.data.open_parts import open_parts, read_rows_at
+from utils.data.parts import VAL, VALIDATION, Part
 from utils.data.plan import Plan
 from utils.data.sources import parse_source
 from utils.formats.conversation import Row

@@ -12,21 +12,10 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
 from utils.base.names import HubName, LossScope
+from utils.data.converted_rows import AS_WRITTEN, ReadRow
 from utils.data.mixture import Ingredient, mix
-from utils.data.parts import (
-    AS_WRITTEN,
-    TRAIN,
-    UNUSED,
-    VAL,
-    VALIDATION,
-    Part,
-    ReadRow,
-    check_columns,
-    check_read_once,
-    draw_uses,
-    open_parts,
-    remarks_of,
-)
+from utils.data.open_parts import open_parts
+from utils.data.parts import TRAIN, UNUSED, VAL, VALIDATION, Part, check_columns, check_read_once, draw_uses, remarks_of
 from utils.data.sources import of_flag, parse_source, val_set_names
 from utils.data.tally import Tally, counted
 from utils.formats.conversation import Row

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 from utils.base import dist
 from utils.base.errors import ConfigError
 from utils.base.logger import logger
+from utils.data.converted_rows import row_notes
 from utils.data.encode_plan import (
     EncodedAgain,
     PreparedData,
@@ -27,7 +28,7 @@ from utils.data.encode_plan import (
 from utils.data.encoded_rows import EncodedRows, length_statistics
 from utils.data.encoding_report import EncodingReport, log_report
 from utils.data.mixture import take_turns
-from utils.data.parts import remarks_of, row_notes
+from utils.data.parts import remarks_of
 from utils.data.plan import served_by
 from utils.data.stream_parts import Streams, first_rows
 from utils.data.tally import Tally

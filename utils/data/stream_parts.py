@@ -10,16 +10,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from utils.base.names import HubName, LossScope
-from utils.data.parts import (
-    AS_WRITTEN,
-    VAL,
-    Part,
-    check_columns,
-    check_read_once,
-    open_parts,
-    open_replies,
-    remarks_of,
-)
+from utils.data.converted_rows import AS_WRITTEN, open_replies
+from utils.data.open_parts import open_parts
+from utils.data.parts import VAL, Part, check_columns, check_read_once, remarks_of
 from utils.data.plan import Plan, loss_decisions, part_not_used, plan_validation
 from utils.data.sources import parse_source
 from utils.formats.conversation import Row
