@@ -22,8 +22,8 @@ from utils.checks.data_check import CONFLICT, DUPLICATE, LEAKED
 from utils.checks.findings import Findings
 from utils.checks.suspect import EMPTY_EARLIER, MOJIBAKE, is_mojibake, wrong_order
 from utils.data.tally import Tally
-from utils.encode.account import row_texts
 from utils.encode.encoded import CONTROL_TOKENS, CUT_PROMPT, CUT_REPLY, REASONING_LEFT_OUT, TOOLS_IGNORED
+from utils.encode.row_texts import row_texts
 
 Plain = dict[str, Any]
 MAX_LENGTH = 400

@@ -14,9 +14,10 @@ import pytest
 from tests.support.tiny_models import make_tokenizer
 from utils.base.names import LossScope
 from utils.data.encode_plan import EncodedAgain
-from utils.encode.account import Account, row_texts
+from utils.encode.account import Account
 from utils.encode.encoder import Encoder
 from utils.encode.make import make_encoder
+from utils.encode.row_texts import row_texts
 from utils.formats.columns import check_row, find_converter
 from utils.formats.conversation import Row
 

@@ -156,7 +156,7 @@ def test_rows_with_tools_are_rendered_by_the_template_for_them() -> None:
 
 def test_calls_are_judged_by_the_template_that_renders_the_row() -> None:
     coder = encoder(named())
-    assert coder.says_calls == {False: False, True: True}
+    assert coder.template.says_calls == {False: False, True: True}
     with_tools, without = coder.encode([row(calls()), row(calls(), tools=False)])
     assert TOOL_CALL_AS_TEXT not in with_tools.notes
     assert without.notes == [TOOL_CALL_AS_TEXT]
@@ -166,7 +166,7 @@ def test_calls_are_judged_by_the_template_that_renders_the_row() -> None:
 def test_calls_without_tools_are_said_by_a_default_that_can() -> None:
     listing = template(end='<|im_end|>\\n', call='')
     coder = encoder({'default': template(), 'tool_use': listing})
-    assert coder.says_calls == {False: True, True: False}
+    assert coder.template.says_calls == {False: True, True: False}
     with_tools, without = coder.encode([row(calls()), row(calls(), tools=False)])
     assert text_of(coder, without)[0] == f'{CALLED}<|im_end|>' and without.notes == []
     assert TOOL_CALL_AS_TEXT in with_tools.notes and TOOLS_IGNORED not in with_tools.notes

@@ -18,9 +18,10 @@ from tests.support.real_rows import Words, add_tokens, conversations, printed_to
 from tests.support.tiny_models import make_tokenizer
 from utils.base.errors import ConfigError
 from utils.data.encode_plan import EncodedAgain
-from utils.encode.account import Account, row_texts
+from utils.encode.account import Account
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import RowRefused
+from utils.encode.row_texts import row_texts
 from utils.formats.conversation import BadRow, Row
 
 pytestmark = pytest.mark.slow

@@ -237,7 +237,7 @@ def test_what_a_template_has_no_place_for_is_noted() -> None:
 
 def test_a_template_that_says_tool_calls_is_given_them() -> None:
     coder = encoder(AUTO, make_tokenizer(chat_template=TOOLS_TEMPLATE))
-    assert isinstance(coder, AutoEncoder) and coder.says_tools and all(coder.says_calls.values())
+    assert isinstance(coder, AutoEncoder) and coder.template.says_tools and all(coder.template.says_calls.values())
     row = chat('a', '')
     row.tools = [{'type': 'function', 'function': {'name': 'f', 'parameters': {}}}]
     row.messages[1]['tool_calls'] = [{'type': 'function', 'function': {'name': 'f <|im_end|>', 'arguments': {}}}]

@@ -40,10 +40,12 @@ from utils.data.collator import Collator
 from utils.data.encode_plan import EncodedAgain, encode_rows
 from utils.data.encoding_report import EncodingReport
 from utils.data.plan import plan_rows
-from utils.encode.account import Account, row_texts
+from utils.encode.account import Account
+from utils.encode.chat_renderer import ChatRenderer
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import RowRefused
 from utils.encode.make import make_encoder
+from utils.encode.row_texts import row_texts
 from utils.formats.conversation import Row
 from utils.infer.generation import generate_rows
 from utils.loading.image_processors import open_images
@@ -201,14 +203,14 @@ def test_the_template_is_proven_on_rows_with_pictures(
     found = read_json(tmp_path / 'proofs.json')['template']
     assert found['passed'] and found['equal'] >= len(rows) + 9 and 'different' not in found
     assert f'({len(rows)} of your rows, 10 probes)' in found['says']
-    plain = AutoEncoder._apply
+    plain = ChatRenderer.apply
 
-    def without_an_end(self: AutoEncoder, chats: list[Any], *options: Any) -> Any:
+    def without_an_end(self: ChatRenderer, chats: list[Any], *options: Any) -> Any:
         said = plain(self, chats, *options)
         end = '<|vision_end|>'
         return said.replace(end, '') if isinstance(said, str) else [text.replace(end, '') for text in said]
 
-    monkeypatch.setattr(AutoEncoder, '_apply', without_an_end)
+    monkeypatch.setattr(ChatRenderer, 'apply', without_an_end)
     with pytest.raises(ConfigError, match=r"explains this: token \d+, .* the chat template has '<\|vision_end\|>'"):
         prove_template(encoder, rows[1:2], tmp_path)
 

@@ -14,6 +14,7 @@ import llm_infer
 from tests.support.modern_models import ENDS, template_tokenizer
 from tests.support.tiny_models import CHATML, make_tokenizer
 from utils.base.errors import ConfigError
+from utils.encode.chat_renderer import ChatRenderer
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import ADDED_END, FULL_DIFFERS
 from utils.encode.encoder import Encoder
@@ -114,26 +115,30 @@ def stops(ours: Encoder, tmp_path: Path) -> str:
     return error.value.problems[0]
 
 
-def test_a_blank_changed_in_what_is_rendered_stops(tmp_path: Path) -> None:
-    class Other(AutoEncoder):
-        def _apply(self, chats: list[Any], *options: Any) -> Any:
-            found = super()._apply(chats, *options)
-            texts = [found] if isinstance(found, str) else found
-            changed = [text.replace('<|im_end|>\n', '<|im_end|> \n') for text in texts]
-            return changed[0] if isinstance(found, str) else changed
+def test_a_blank_changed_in_what_is_rendered_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ChatRenderer.apply
 
-    message = stops(Other(make_tokenizer(), system=None, max_length=-1), tmp_path)
+    def with_a_blank(self: ChatRenderer, chats: list[Any], *options: Any) -> Any:
+        found = plain(self, chats, *options)
+        texts = [found] if isinstance(found, str) else found
+        changed = [text.replace('<|im_end|>\n', '<|im_end|> \n') for text in texts]
+        return changed[0] if isinstance(found, str) else changed
+
+    monkeypatch.setattr(ChatRenderer, 'apply', with_a_blank)
+    message = stops(AutoEncoder(make_tokenizer(), system=None, max_length=-1), tmp_path)
     assert "the ids differ from those of the tokenizer's chat template, and no known reason explains this" in message
     assert "is ' ' (228), the chat template has '\\n' (206)" in message
 
 
-def test_a_blank_changed_in_what_is_encoded_stops(tmp_path: Path) -> None:
-    class Other(AutoEncoder):
-        def _part(self, *args: Any, **options: Any) -> Any:
-            part = super()._part(*args, **options)
-            return dataclasses.replace(part, reply=' ' + part.reply)
+def test_a_blank_changed_in_what_is_encoded_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = AutoEncoder(make_tokenizer(), system=None, max_length=-1)
+    plain = ours.splitter.split
 
-    ours = Other(make_tokenizer(), system=None, max_length=-1)
+    def with_a_blank(*args: Any) -> Any:
+        part = plain(*args)
+        return dataclasses.replace(part, reply=' ' + part.reply)
+
+    monkeypatch.setattr(ours.splitter, 'split', with_a_blank)
     assert 'no known reason explains this' in stops(ours, tmp_path)
 
 
@@ -277,12 +282,9 @@ def test_calls_that_a_template_prints_whole_keep_the_order_of_their_keys(call: d
     assert sorted(keys, key=lambda key: shown.index(f'"{key}": ')) == keys
 
 
-def test_a_text_beside_a_call_that_is_lost_stops_although_the_prompt_has_the_same_text(tmp_path: Path) -> None:
-    class Other(AutoEncoder):
-        def _part(self, *args: Any, **options: Any) -> Any:
-            part = super()._part(*args, **options)
-            return dataclasses.replace(part, reply=part.reply.removesuffix('deep'), notes=[*part.notes, FULL_DIFFERS])
-
+def test_a_text_beside_a_call_that_is_lost_stops_although_the_prompt_has_the_same_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = (
         "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
         "{%- for c in m.tool_calls or [] %}{{ 'CALL ' + c.function.name + '\\n' }}{% endfor %}{{ m.content or '' }}"
@@ -294,8 +296,15 @@ def test_a_text_beside_a_call_that_is_lost_stops_although_the_prompt_has_the_sam
     whole = AutoEncoder(tokenizer, system=None, max_length=-1)
     assert ADDED_END in whole.encode([row])[0].notes
     prove_template(whole, [row], tmp_path)
+    plain = whole.splitter.split
+
+    def without_the_text(*args: Any) -> Any:
+        part = plain(*args)
+        return dataclasses.replace(part, reply=part.reply.removesuffix('deep'), notes=[*part.notes, FULL_DIFFERS])
+
+    monkeypatch.setattr(whole.splitter, 'split', without_the_text)
     with pytest.raises(ConfigError, match='no known reason explains this'):
-        prove_template(Other(tokenizer, system=None, max_length=-1), [row], tmp_path)
+        prove_template(whole, [row], tmp_path)
 
 
 def test_an_inference_prompt_that_is_no_prefix_stops(tmp_path: Path) -> None:

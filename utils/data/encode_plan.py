@@ -63,7 +63,7 @@ class UsedRow(NamedTuple):
 class EncodedAgain:
     """Converts and encodes a row a second time, with other values in some columns.
 
-    utils/encode/account.py compares both results, to find out what each column is used for.
+    utils/encode/marker_search.py compares both results, to find out where each text of the row is printed.
     """
 
     def __init__(self, encoder: Encoder) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.base.errors import ConfigError
@@ -278,15 +278,3 @@ class Encoder:
         is_reply = turn['role'] == 'assistant' and not is_empty
         scope = self.loss_scope or row.loss_scope
         return is_reply and turn.get('loss', scope == 'all_rounds')
-
-    def _spells_control(self, messages: Iterable[Message], tools: Sequence[Any] | None = None) -> bool:
-        """Return whether these messages or tools contain the text of a control token, such as <|im_end|>.
-
-        Think tags, such as <think>, do not count in replies.
-        """
-        for message in messages:
-            is_reply = message['role'] == 'assistant'
-            for key, value in message.items():
-                if key != 'role' and self.text.has_control(str(value or ''), reply=is_reply):
-                    return True
-        return bool(tools) and self.text.has_control(str(tools))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # Tags around reasoning in released templates. Replies may contain such tags. So the tags are active in replies, and
@@ -150,6 +150,18 @@ class TextTokenizer:
     def has_control(self, text: str, *, reply: bool = False) -> bool:
         """Return whether the text contains a control token. If `reply` is True, think tags do not count."""
         return (self._inert_in_replies if reply else self._active).search(text) is not None
+
+    def spells_control(self, messages: Iterable[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> bool:
+        """Return whether these messages or tools contain the text of a control token, such as <|im_end|>.
+
+        Think tags, such as <think>, do not count in replies.
+        """
+        for message in messages:
+            is_reply = message['role'] == 'assistant'
+            for key, value in message.items():
+                if key != 'role' and self.has_control(str(value or ''), reply=is_reply):
+                    return True
+        return bool(tools) and self.has_control(str(tools))
 
     def last_control(self, text: str) -> tuple[int, int]:
         """Return (number of control tokens in the text, position of the last control token).

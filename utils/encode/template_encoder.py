@@ -93,7 +93,7 @@ class TemplateEncoder(Encoder):
         """
         system = self.system
         turns = row.messages
-        guarded = self._spells_control(turns) or self._system_spells_control(turns)
+        guarded = self.text.spells_control(turns) or self._system_spells_control(turns)
         notes = [CONTROL_TOKENS] if guarded else []
 
         def guard(text: str, *, reply: bool = False) -> str:

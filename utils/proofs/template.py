@@ -143,8 +143,8 @@ def _rendering(
     if isinstance(encoder, AutoEncoder):
         if not _has_images(row):
             messages = messages_as_written(row)
-        messages = encoder.in_its_form(messages, row)
-        settings = encoder.settings_of(row)
+        messages = encoder.chats.in_its_form(messages, row)
+        settings = encoder.chats.settings_of(row)
 
     system = encoder.system
     if isinstance(encoder, TemplateEncoder) and not encoder.template.has_system:
