@@ -14,8 +14,8 @@ from utils.data.held_out import held_out, read_held_out
 from utils.data.open_parts import read_rows_at
 from utils.data.parts import VAL
 from utils.data.plan import Plan, plan_rows
-from utils.formats.columns import check_row
 from utils.formats.conversation import Row
+from utils.formats.row_check import check_row
 
 
 def made_rows(count: int, first: int = 0) -> list[dict[str, str]]:

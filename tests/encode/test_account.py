@@ -18,8 +18,9 @@ from utils.encode.account import Account
 from utils.encode.encoder import Encoder
 from utils.encode.make import make_encoder
 from utils.encode.row_texts import row_texts
-from utils.formats.columns import check_row, find_converter
+from utils.formats.columns import find_converter
 from utils.formats.conversation import Row
+from utils.formats.row_check import check_row
 
 FULL = (
     '{% if tools %}{{ "<|im_start|>tools\n" + (tools | tojson) + "<|im_end|>\n" }}{% endif %}'

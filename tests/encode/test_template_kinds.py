@@ -11,8 +11,9 @@ from tokenizers import AddedToken
 from tests.support.tiny_models import CHATML, make_tokenizer
 from utils.encode.chat_template_encoder import AutoEncoder
 from utils.encode.encoded import FULL_DIFFERS, THINKING_SWITCH, TOOL_CALL_AS_TEXT
-from utils.formats.columns import check_row, find_converter
+from utils.formats.columns import find_converter
 from utils.formats.conversation import Row
+from utils.formats.row_check import check_row
 from utils.proofs.template import prove_template
 
 ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

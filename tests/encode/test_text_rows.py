@@ -22,9 +22,10 @@ from utils.data.plan import plan_rows
 from utils.encode.encoded import CONTROL_TOKENS, CUT_TEXT, row_labels
 from utils.encode.encoder import Encoder
 from utils.encode.make import make_encoder
-from utils.formats.columns import check_row, find_converter
+from utils.formats.columns import find_converter
 from utils.formats.conversation import BadRow, Row
 from utils.formats.reading import Reading
+from utils.formats.row_check import check_row
 from utils.proofs.template import prove_template
 
 Run = Callable[..., Path]

@@ -15,10 +15,12 @@ from utils.data.parts import TRAIN
 from utils.data.plan import plan_rows
 from utils.data.stream_parts import open_streams, stream_decisions
 from utils.formats import file_bytes
-from utils.formats.columns import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT, check_row, find_converter
+from utils.formats.columns import find_converter
 from utils.formats.conversation import BadRow, Message, Row, message_text
 from utils.formats.data_file import read_rows
 from utils.formats.json_text import WrittenNumber, json_as_written
+from utils.formats.row_check import check_row
+from utils.formats.tool_calls import ARGUMENTS_NOT_OBJECT, PARAMETERS_NOT_OBJECT
 
 ASKED = {'role': 'user', 'content': 'How deep?'}
 TOLD = {'role': 'assistant', 'content': 'Four metres.'}

@@ -13,9 +13,10 @@ from tests.support.runs import get_dataset, write_jsonl
 from utils import dataset
 from utils.base.errors import ConfigError
 from utils.dataset import DATASET_MAPPING
-from utils.formats.columns import check_row, find_converter
+from utils.formats.columns import find_converter
 from utils.formats.conversation import BadRow
 from utils.formats.data_file import read_rows
+from utils.formats.row_check import check_row
 
 USER_A = {'role': 'user', 'content': 'a'}
 REPLY_B = {'role': 'assistant', 'content': 'b'}

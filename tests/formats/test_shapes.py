@@ -24,10 +24,11 @@ from utils.data.plan import plan_rows
 from utils.data.stream_parts import first_rows, open_streams
 from utils.encode.account import Account
 from utils.encode.make import make_encoder
-from utils.formats.columns import KNOWN_COLUMNS, RATED_BAD, check_row, find_converter
+from utils.formats.columns import KNOWN_COLUMNS, RATED_BAD, find_converter
 from utils.formats.conversation import BadRow, Row
 from utils.formats.data_file import read_rows
 from utils.formats.reading import Reading, read_columns
+from utils.formats.row_check import check_row
 from utils.proofs.as_written import messages_as_written
 from utils.proofs.template import prove_template
 

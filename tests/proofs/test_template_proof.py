@@ -20,8 +20,9 @@ from utils.encode.encoded import ADDED_END, FULL_DIFFERS
 from utils.encode.encoder import Encoder
 from utils.encode.make import make_encoder
 from utils.encode.template_encoder import TemplateEncoder
-from utils.formats.columns import check_row, find_converter
+from utils.formats.columns import find_converter
 from utils.formats.conversation import Row
+from utils.formats.row_check import check_row
 from utils.preprocess import Template
 from utils.proofs.template import probes, prove_template, template_hash
 

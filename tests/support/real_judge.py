@@ -15,8 +15,9 @@ from typing import Any
 from utils.base.errors import ConfigError
 from utils.encode.encoded import Encoded, RowRefused
 from utils.encode.make import make_encoder
-from utils.formats.columns import check_row, find_converter
+from utils.formats.columns import find_converter
 from utils.formats.conversation import BadRow, Row
+from utils.formats.row_check import check_row
 
 Raw = dict[str, Any]
 

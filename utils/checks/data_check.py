@@ -44,9 +44,10 @@ from utils.encode.encoded import (
     RowRefused,
 )
 from utils.encode.encoder import Encoder
-from utils.formats.columns import EMPTY_REPLY, NO_USER_TURN, REPLY_COLUMNS, SAME_ROLE_TWICE
+from utils.formats.columns import REPLY_COLUMNS
 from utils.formats.conversation import BadRow, Filtered, Row
 from utils.formats.images import replace_tags
+from utils.formats.row_check import EMPTY_REPLY, NO_USER_TURN, SAME_ROLE_TWICE
 
 DUPLICATE = 'duplicate row'
 CONFLICT = 'same prompt, different answer'

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from utils.base.errors import ConfigError
-from utils.formats.columns import Converter, check_row, find_converter, needed_columns, tidy_columns
+from utils.formats.columns import Converter, find_converter, needed_columns, tidy_columns
 from utils.formats.conversation import BadRow, Row
 from utils.formats.data_file import ignore
 from utils.formats.images import with_image_files
 from utils.formats.json_text import RowWithRepeatedKeys, repeated_key, with_columns
 from utils.formats.reading import Reading
+from utils.formats.row_check import check_row
 from utils.formats.table import Remark
 from utils.formats.unknown_columns import unknown_columns
 

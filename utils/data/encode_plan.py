@@ -31,8 +31,9 @@ from utils.encode.account import LEFT_OUT, NOT_DRAWN, Account
 from utils.encode.encoded import DROPPED, NOTHING_TRAINED, SPLIT, Encoded, RowRefused, trains_nothing
 from utils.encode.encoder import Encoder
 from utils.encode.show import show_samples
-from utils.formats.columns import check_row, find_converter
+from utils.formats.columns import find_converter
 from utils.formats.conversation import BadRow, Row
+from utils.formats.row_check import check_row
 
 if TYPE_CHECKING:
     from utils.data.stream import TrainingStream
