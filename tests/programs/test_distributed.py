@@ -89,12 +89,15 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(one: Path, other: Path, *, tolerance: float) -> None:
-    """Compare all logged losses, gradient norms and evaluations. The drift is not measured if the model is sharded."""
+    """Compare all logged losses, gradient norms and evaluations. The drift is not measured if the model is sharded.
+
+    A value of more than 1 may differ by this share of it: a gradient norm of 7 in float32 has steps of 5e-7.
+    """
     assert len(history(one)) == len(history(other)) >= 8
     for a, b in zip(history(one), history(other), strict=True):
         assert set(a) - {'eval_drift_kl'} == set(b) - {'eval_drift_kl'}
         for key in a.keys() & b.keys():
-            assert b[key] == pytest.approx(a[key], abs=tolerance), key
+            assert b[key] == pytest.approx(a[key], rel=tolerance, abs=tolerance), key
 
 
 @pytest.fixture(scope='module')
