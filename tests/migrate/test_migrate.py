@@ -514,6 +514,24 @@ def test_continued_pre_training_of_swift(migrate) -> None:
     assert shown.section('Not in the recipe')['(--save_steps)'] == '--save_steps 500'
 
 
+def test_a_recipe_without_eval_keys_gets_the_defaults_of_its_toolkit(migrate, write) -> None:
+    """LLaMA-Factory takes them from TrainingArguments of transformers; ms-swift evaluates whenever it saves."""
+    start = 'model_name_or_path: owner/Model\ndo_train: true\ndataset: lima\nval_size: 0.1\n'
+    shown = migrate(write(start))
+    assert 'eval_steps' not in shown.flags()
+    assert shown.section('Different')['(eval_strategy)'].startswith('validation rows are always evaluated here')
+
+    shown = migrate(write(f'{start}eval_strategy: steps\nlogging_steps: 20\nsave_steps: 100\n'))
+    assert (shown.flags()['eval_steps'], shown.flags()['save_steps']) == (['20'], ['100'])
+    assert migrate(write(f'{start}eval_strategy: steps\n')).flags()['eval_steps'] == ['500']
+
+    start = 'swift sft --model owner/Model --dataset a/b --split_dataset_ratio 0.1'
+    assert migrate(f'{start} --save_steps 30 --logging_steps 5').flags()['eval_steps'] == ['30']
+    shown = migrate(f'{start} --save_strategy epoch --num_train_epochs 2')
+    assert shown.flags()['eval_steps'] == shown.flags()['save_steps'] == ['0.5']
+    assert shown.section('Not in the recipe')['(eval_strategy)'] == '--eval_steps 0.5'
+
+
 def test_switched_off_keys_have_no_other_meaning(migrate, write) -> None:
     """YAML reads an unquoted `no` as false."""
     start = 'model_name_or_path: owner/Model\ndo_train: true\ndataset: lima\nval_size: 0.1\nresize_vocab: false\n'

@@ -251,7 +251,8 @@ def translate(t: Translation, folder: Path, dataset_info: Path | None) -> None:
 
     _rows(t, folder, dataset_info)
     evaluates = 'val_dataset' in t.flags or t.flags.get('dataset_test_ratio', ['0']) != ['0']
-    set_steps(t, evaluates=evaluates)
+    # The defaults of transformers' TrainingArguments: a recipe without eval_strategy does not evaluate.
+    set_steps(t, evaluates=evaluates, eval_strategy='no', eval_steps='logging_steps')
 
     defaults: dict[str, Any] = dict(_DEFAULTS)
     if str(t.get('finetuning_type', 'lora')) == 'lora':

@@ -246,7 +246,8 @@ def translate(t: Translation) -> None:
     rows.finish(t, 'dataset')
     val_size(t, 'split_dataset_ratio')
     evaluates = 'val_dataset' in t.flags or t.flags.get('dataset_test_ratio', ['0']) != ['0']
-    set_steps(t, evaluates=evaluates)
+    # Without eval_strategy and eval_steps, ms-swift evaluates whenever it saves.
+    set_steps(t, evaluates=evaluates, eval_strategy=str(t.get('save_strategy', 'steps')), eval_steps='save_steps')
     apply_defaults(t, _defaults(t))
 
 

@@ -288,27 +288,44 @@ TRAINER_FAMILIES: dict[str, Rule] = {
 }
 
 
-def set_steps(t: Translation, *, evaluates: bool, save_default: int = 500) -> None:
+def set_steps(t: Translation, *, evaluates: bool, eval_strategy: str, eval_steps: str, save_default: int = 500) -> None:
     """Set --eval_steps and --save_steps from eval_strategy, eval_steps, save_strategy and save_steps of the recipe.
 
-    If the strategy is `epoch`, the flag is set to the share of the run that one epoch takes. If `evaluates` is False,
-    the command has no validation rows, and --eval_steps is not set. If the recipe has no save_steps, --save_steps is
-    set to `save_default`. If the recipe has no eval_steps, --eval_steps is set to the value of --save_steps.
+    With the strategy `steps`, a flag is set to the value of eval_steps or save_steps. The default of save_steps is
+    `save_default`. With the strategy `epoch`, a flag is set to the share of the run that one epoch takes.
 
-    If eval_strategy is `no`, --eval_steps is not set. If save_strategy is `no`, --save_steps is set. Both get a note,
-    because llm_sft.py always evaluates validation rows and always writes checkpoints.
+    The toolkits differ in two defaults: `eval_strategy` is the strategy of a recipe without eval_strategy, and
+    `eval_steps` is the key whose value a recipe without eval_steps uses. If the recipe lacks this key too, the value is
+    `save_default`.
+
+    llm_sft.py always evaluates validation rows and always writes checkpoints. So a strategy `no` has no equivalent, and
+    a note says so. With eval_strategy `no`, --eval_steps is not set. With save_strategy `no`, --save_steps is set in
+    the same way as for `steps`.
+
+    If `evaluates` is False, the command has no validation rows. Then eval_strategy is ignored, and --eval_steps is not
+    set.
     """
     epochs = to_number(t.get('num_train_epochs')) or 3
     key = 'eval_strategy' if t.get('eval_strategy') is not None else 'evaluation_strategy'
-    strategy = str(t.get(key, 'steps' if evaluates else 'no')).lower()
+    is_given = t.get(key) is not None
+    strategy = str(t.get(key, eval_strategy if evaluates else 'no')).lower()
     saved = str(t.get('save_strategy', 'steps')).lower()
 
     if evaluates and strategy == 'epoch':
-        t.use(key, 'eval_steps', run_share(epochs))
+        t.use(
+            key if is_given else '(eval_strategy)',
+            'eval_steps',
+            run_share(epochs),
+            kind='used' if is_given else 'default',
+        )
     elif evaluates and strategy == 'steps':
-        _use_steps(t, 'eval_steps', t.get('save_steps', save_default))
+        _use_steps(t, 'eval_steps', t.get(eval_steps, save_default))
     elif evaluates:
-        t.note('different', key, 'validation rows are always evaluated here; --eval_steps says how often')
+        t.note(
+            'different',
+            key if is_given else '(eval_strategy)',
+            'validation rows are always evaluated here; --eval_steps says how often',
+        )
     elif is_on(t.get('eval_steps')):
         t.note('without effect', 'eval_steps', 'there are no validation rows')
 
