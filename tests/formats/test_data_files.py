@@ -140,8 +140,8 @@ BROKEN = {
     'rows.jsonl': (b'PAR1' + b'\0' * 9, 'the file is not text. This is a parquet file: rename it to rows.parquet.'),
     'packed.jsonl': (gzip.compress(b'{"query": "a"}\n' * 9), 'is compressed with gzip: rename it to packed.jsonl.gz.'),
     'packed.json': (gzip.compress(b'[{"query": "a"}]' * 9), 'is compressed with gzip: rename it to packed.json.gz.'),
-    'beyond.jsonl': (codecs.BOM_UTF32_LE + '{"a": "b"}\n'.encode('utf-32-le') + b'\xff' * 4, 'an incomplete or invalid '
-                     'character: the file is marked as UTF-32. Download'),
+    'beyond.jsonl': (codecs.BOM_UTF32_LE + '{"a": "b"}\n'.encode('utf-32-le') + b'\xff' * 4, 'beyond.jsonl:2: an '
+                     'incomplete or invalid character: the file is marked as UTF-32. Download'),
     'pretty.jsonl': (b'[\n{"query": "a"}\n]\n', 'pretty.jsonl:1: the JSON value spans several lines'),
     'object.jsonl': (b'{\n"query": "a"\n}\n', 'object.jsonl:1: the JSON value spans several lines'),
     'wide.jsonl': (b'{"query": "a",\n "response": "b"}\n', 'wide.jsonl:1: the JSON value spans several lines'),
@@ -169,6 +169,28 @@ def test_broken_files_are_named_with_the_line(name: str, tmp_path: Path) -> None
     with pytest.raises(ConfigError) as caught:
         list(read_rows(tmp_path / name))
     assert BROKEN[name][1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('encoding', 'invalid'),
+    [('utf-32', b'\xff\xff\xff\x7f'), ('utf-32-be', b'\x00\x11\x00\x00'), ('utf-16', b'\x3d\xd8')],
+)
+def test_an_invalid_character_of_a_wide_encoding_costs_its_line_alone(
+    encoding: str, invalid: bytes, tmp_path: Path
+) -> None:
+    """The lines are longer than a block together, so that the character is not in the first one."""
+    lines = [json.dumps({'query': f'{number} é', 'response': 'x' * 3000}) + '\n' for number in range(200)]
+    bom = codecs.BOM_UTF32_BE if encoding == 'utf-32-be' else b''
+    mark = codecs.BOM_UTF16_LE if encoding == 'utf-16' else codecs.BOM_UTF32_LE
+    encoded = [line.encode(encoding).removeprefix(mark) for line in lines]
+    encoded[150] = encoded[150][: 4 * 20] + invalid + encoded[150][4 * 20 :]
+    file = tmp_path / 'wide.jsonl'
+    file.write_bytes((bom or mark) + b''.join(encoded))
+    told: list[str] = []
+    rows = list(read_rows(file, bad=lambda place, problem: told.append(f'{place}: {problem}')))
+    assert [row['query'] for _, row in rows] == [f'{number} é' for number in range(200) if number != 150]
+    (only,) = told
+    assert only.startswith(f'{file}:151: an incomplete or invalid character')
 
 
 def test_a_json_file_may_hold_objects_of_several_lines_one_after_the_other(tmp_path: Path) -> None:

@@ -329,6 +329,10 @@ def test_replies_that_are_rated_as_bad_are_not_trained(label: Any, tmp_path: Pat
     both = plan_rows([file], test_ratio=0, reading=Reading(columns=columns))
     assert not both.left_out and [row.messages[-1]['content'] for _, row in both.rows(TRAIN)] == ['good', 'bad']
 
+    rows[0]['label'] = 'True' if isinstance(label, str) else True  # a CSV file has only text
+    good = plan_rows([str(write_jsonl(tmp_path / 'd.jsonl', [rows[0], rows[0]]))], test_ratio=0)
+    assert not good.left_out and good.noted.counts == {}
+
     chats = write_jsonl(tmp_path / 'b.jsonl', [{'messages': SAID, 'label': True}, {'messages': WORSE, 'label': label}])
     assert plan_rows([str(chats)], test_ratio=0).left_out.counts == {RATED_BAD: 1}
     other = write_jsonl(tmp_path / 'c.jsonl', [{'query': 'is it spam?', 'response': 'no', 'label': False}])

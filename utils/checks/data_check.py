@@ -1,4 +1,4 @@
-"""Examines the rows of a data set, without running the model: what cannot be trained on, is lost, or looks wrong.
+"""Examines the rows of a data set without running the model. Finds unusable rows, lost fields and suspect rows.
 
 Memory does not hold the rows, only a few bytes for each row.
 """
@@ -206,6 +206,7 @@ class DataCheck:
         repeated, of = row.origin, earlier.place
         if reason == LEAKED and earlier.use == VAL:
             repeated, of = of, repeated
+            column = ''  # the column of the earlier row is not stored, and the two rows may have different formats
         self.defects.add(reason, repeated, column, of=of, row=row.origin)
         return reason if earlier.can_copy else None
 

@@ -70,16 +70,17 @@ def _chat(row: Mapping[str, Any], messages: list[Message], remarks: Remarks, *co
 
 
 def _rating(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the column `label` of a KTO row, which rates the reply with true or false. Returns () without a rating.
+    """Return ('label',) if the cell in the column `label` is True. Otherwise, return ().
 
-    Raises BadRow if the reply is rated as bad, because training on it would teach it.
+    In KTO data, this column rates the reply with true or false. Raises BadRow if the rating is false, because training
+    on the row would teach a bad reply.
     """
     label = row.get('label')
     if isinstance(label, str):
         label = {'true': True, 'false': False}.get(label.strip().lower())
     if label is False:
         raise BadRow(RATED_BAD, 'label')
-    return ('label',) if row.get('label') is True else ()
+    return ('label',) if label is True else ()
 
 
 def _from_messages(row: Mapping[str, Any]) -> Row:

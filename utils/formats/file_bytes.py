@@ -60,16 +60,32 @@ def refuse(location: str, problem: str) -> NoReturn:
     raise UnreadableRow(location, problem)
 
 
+# The name under which `_mark` is registered as an error handler of codecs.
+_MARKED = 'assay_marked'
+
+
+def _mark(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Return half of a character, which UTF-8 cannot contain, instead of an invalid character, and where to read on.
+
+    UTF-32 can contain numbers beyond Unicode.
+    """
+    try:
+        return codecs.lookup_error('surrogatepass')(error)
+    except UnicodeDecodeError as invalid:
+        return '\udfff', invalid.end
+
+
 class _Converted(io.RawIOBase):
     """A stream that converts text in UTF-16 or UTF-32 to UTF-8.
 
-    An incomplete character at the end becomes a byte that is not UTF-8, so the reader reports it. If a character does
-    not exist in Unicode, the text ends with such a byte in the place of this character's block.
+    An incomplete or invalid character becomes bytes that are not UTF-8. So the reader reports the line that has it, and
+    reads all other lines.
     """
 
     def __init__(self, stream: Any, encoding: str) -> None:
         self._stream = stream
-        self._decoder = codecs.getincrementaldecoder(encoding)('surrogatepass')
+        codecs.register_error(_MARKED, _mark)
+        self._decoder = codecs.getincrementaldecoder(encoding)(_MARKED)
         self._ready = b''
 
     def readable(self) -> bool:
@@ -80,11 +96,7 @@ class _Converted(io.RawIOBase):
         """Write the next bytes into the buffer. Returns the number of bytes, which is 0 at the end of the file."""
         while not self._ready:
             block = self._stream.read(BLOCK_BYTES)
-            try:
-                self._ready = self._decoder.decode(block).encode('utf-8', 'surrogatepass')
-            except UnicodeDecodeError:  # a number beyond Unicode, which UTF-32 can contain
-                self._stream, self._ready = io.BytesIO(), b'\xff'
-                self._decoder.reset()
+            self._ready = self._decoder.decode(block).encode('utf-8', 'surrogatepass')
             if not block:
                 if not self._decoder.getstate()[0]:
                     return 0
@@ -196,9 +208,10 @@ class FileBytes:
             yield number, text
 
     def not_utf8(self, error: UnicodeDecodeError) -> str:
-        """Return a message about text that is not UTF-8, with a remedy. The message names the likely encoding.
+        """Return the message for a byte that is not UTF-8, with a remedy. The message names the likely encoding.
 
-        If the file was converted from UTF-16 or UTF-32, the message says that a character is incomplete or invalid.
+        If this object converts the file from UTF-16 or UTF-32 (see `converted`), the message says instead that a
+        character is incomplete or invalid.
         """
         if self.converted:
             return (
