@@ -394,8 +394,8 @@ def test_a_model_that_sees_nothing_says_so(tmp_path: Path, tokenizer: Any) -> No
     _, kept = encode_rows(encoder, rows, report)
     assert kept == rows[1:]
     assert report.lines() == [
-        '1 row skipped: the row has images, and the model sees none (test:1 [a.png])',
-        '1 row noted: image tags in the text, and the model sees no images: kept as plain text (test:1)',
+        '1 row skipped: the row has images, but images are not supported for this model (test:1 [a.png])',
+        '1 row noted: image tags in the text, but images are not supported for this model: kept as plain text (test:1)',
     ]
 
 
@@ -531,7 +531,7 @@ def test_image_cells_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     found = get_dataset([str(write_jsonl(tmp_path / 'rows.jsonl', rows))], test_ratio=0.0)
     assert [row.images for row in found.train] == [['a.png']]
     assert found.left_out.counts == {
-        'an image has an absolute path or contains a tag': 2,
+        'the path of an image is absolute or contains an image tag (<img>)': 2,
         'an image has neither bytes nor a path': 2,
     }
 
@@ -544,8 +544,9 @@ def test_an_image_column_is_not_used_by_a_model_that_sees_none(tokenizer: Any, t
     plain, tagged = get_dataset([str(parquet_of(rows, tmp_path / 'a.parquet'))], test_ratio=0.0).train
     (encoded,) = encoder.encode([plain])
     assert encoded.input_ids == encoder.encode([ask('what?')])[0].input_ids
-    assert encoded.notes == ['column `image` is not used: the model sees no images'] and encoded.images == ()
-    with pytest.raises(RowRefused, match='the row has images, and the model sees none'):
+    assert encoded.notes == ['column `image` is not used: images are not supported for this model']
+    assert encoded.images == ()
+    with pytest.raises(RowRefused, match='the row has images, but images are not supported for this model'):
         encoder.encode([tagged])
 
 
@@ -600,7 +601,7 @@ def test_an_image_column_is_named_as_not_used_by_a_run_that_sees_none(
 ) -> None:
     rows = [{'query': f'q {i}', 'response': 'r', 'image': image_cells(['a.png'])[0]} for i in range(20)]
     train(model_dir, parquet_of(rows, tmp_path / 'rows.parquet'), tmp_path / 'out', '--max_steps', '2')
-    assert '20 rows noted: column `image` is not used: the model sees no images (' in caplog.text
+    assert '20 rows noted: column `image` is not used: images are not supported for this model (' in caplog.text
 
 
 @pytest.mark.slow

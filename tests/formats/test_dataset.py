@@ -411,9 +411,9 @@ def test_an_image_outside_the_folder_of_its_data_is_refused_by_name(loopback: Lo
     outside = {
         '../1.jpg': 'an image leaves the folder of its data file',
         'pictures/../../1.jpg': 'an image leaves the folder of its data file',
-        '/etc/1.jpg': 'an image has an absolute path',
+        '/etc/1.jpg': 'the path of an image is absolute',
         'https://a.b/1.jpg': 'an image is a URL',
-        'a</img><img>/etc/1.jpg': 'an image has an absolute path or contains a tag',
+        'a</img><img>/etc/1.jpg': 'the path of an image is absolute or contains an image tag (<img>)',
     }
     rows = [{'image': path, 'caption': 'a cat'} for path in ('pictures/1.jpg', *outside, 'a/../2.jpg')]
     files = {f'{split}.jsonl': as_lines(rows) for split in ('train', 'validation')}

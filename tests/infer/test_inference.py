@@ -143,7 +143,7 @@ def test_rows_of_which_none_can_be_answered_are_one_error(
     words = ['--model_id_or_path', str(model_dir), '--dataset', str(file), '--dataset_test_ratio', '0.5']
     assert llm_infer.main([*words, '--result_path', str(tmp_path / 'r.jsonl'), *GREEDY]) == 2
     assert problems()[0].startswith(
-        '--dataset: every validation row is skipped: 4 rows skipped: the row has images, and the'
+        '--dataset: every validation row is skipped: 4 rows skipped: the row has images, but'
     )
     assert not (tmp_path / 'r.jsonl').exists()
 

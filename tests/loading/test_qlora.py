@@ -47,7 +47,7 @@ def test_qlora_learns_after_evaluations_resumes_and_merges_on_the_dense_base(
     assert llm_infer.main([*words, '--quantization_bit', bits]) == 2
     assert problems()[0].endswith('Remove --quantization_bit to merge into the unquantised base.')
     assert llm_infer.main(words) == 0
-    assert f'quantization_bit = 0 because rounding to {bits} bits would lose the adapter' in caplog.text
+    assert f'quantization_bit = 0 because merging needs unquantised weights: rounding to {bits} bits' in caplog.text
 
     dense = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     untuned = probe_logits(dense, tokenizer)

@@ -393,7 +393,7 @@ PROGRAMS: dict[str, Row] = {
     ),
     'a picture of no name': (
         rows('a.jsonl', json.dumps({'query': '<img></img>', 'response': 'b', 'images': ['a\0b']})),
-        '1 row skipped: the row has images, and the model sees none (',
+        '1 row skipped: the row has images, but images are not supported for this model (',
     ),
     'one column twice': (rows('a.csv', 'query,query,response\na,b,c\n'), "a.csv:1: the header names 'query' twice."),
     'a folder named as a file': (folder_named_as_a_file, 'a.jsonl: the data file cannot be read: Is a directory.'),

@@ -332,7 +332,7 @@ def test_a_run_that_started_from_an_adapter_is_restarted_by_the_same_command(
 
     log = again(*start)
     assert f'resume_from_checkpoint = {first / "checkpoint-2"} because it is the newest whole checkpoint' in log
-    assert 'adapter = None because the run of the checkpoint started from it' in log
+    assert 'adapter = None because the run continues with the adapter in the checkpoint' in log
     resumed = newest(first)
     assert_equal(resumed / 'checkpoint-4', trained)
     lock = json.loads((resumed / 'lock.json').read_text())

@@ -99,9 +99,11 @@ def default_backend() -> str:
 def visible_gpus() -> int:
     """Return how many GPUs this process may use.
 
-    An environment variable such as CUDA_VISIBLE_DEVICES lists them. Without this variable, device files are counted,
-    and for AMD the GPUs that its driver lists. WSL and Windows show no number without torch. There, the number of
-    processes on this machine is returned. start_processes compares it with the number that torch finds.
+    If an environment variable such as CUDA_VISIBLE_DEVICES is set, the GPUs in it are counted. Otherwise, device files
+    are counted, or for AMD the GPUs that the driver lists.
+
+    On WSL and Windows, GPUs cannot be counted without torch. There, one GPU per process on this machine is assumed.
+    Later, start_processes counts with torch, and raises ConfigError if there are fewer GPUs than processes.
     """
     kind = visible_kind()
     if kind in ('cpu', 'mps'):

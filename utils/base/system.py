@@ -78,9 +78,9 @@ _HELD: set[int] = set()
 
 
 def _lock_or_give_up(folder: Path) -> int | None:
-    """Lock a folder as `_lock_folder` does, or return None if another process holds the lock for half a second.
+    """Lock a folder as `_lock_folder` does, but return None if the lock is not free within half a second.
 
-    `is_held` needs the lock for microseconds, in which the folder cannot be locked.
+    Waiting helps if another process is in `is_held`, which holds the lock only for microseconds.
     """
     for _ in range(50):
         try:
@@ -93,8 +93,8 @@ def _lock_or_give_up(folder: Path) -> int | None:
 def _lock_folder(folder: Path, *, shared: bool = False) -> int | None:
     """Lock a folder, and return its open file descriptor. Closing the descriptor releases the lock.
 
-    Returns None if folders cannot be locked here. Raises BlockingIOError if another descriptor holds the lock, or for
-    a shared lock, if another descriptor holds it exclusively.
+    By default, the lock is exclusive: BlockingIOError is raised if the folder has any other lock. With `shared`,
+    BlockingIOError is raised only if the folder has an exclusive lock. Returns None if folders cannot be locked here.
     """
     try:
         import fcntl

@@ -39,11 +39,13 @@ class Findings(Tally):
         self.instead = instead or {}
 
     def add(self, reason: str, place: str, column: str = '', of: str = '', row: str = '') -> None:
-        """Count one row, and write its location and `column` to the file of findings.
+        """Count the row at the location `place`, and write a line about it to the file of findings.
 
         `column` is the column with the problem, or '' for the whole row. If another row has the same content or the
-        same prompt, `of` is the location of the other row. `row` is the location of the row that is examined now, if it
-        is not `place`.
+        same prompt, `of` is the location of the other row.
+
+        If `row` is given, this location is added to `found` instead of `place`. This is needed if a training row equals
+        an earlier validation row: `place` is the validation row, and `row` is the training row.
         """
         if reason in self.instead:
             other = self.instead[reason]

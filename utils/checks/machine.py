@@ -111,9 +111,10 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _device() -> Iterator[Finding]:
-    """Yield one or more findings for each device, or one finding that there is none, and one finding for each dtype.
+    """Yield the findings about the devices, and then one finding for each dtype.
 
-    The finding for a dtype says whether a matrix product and its gradient are correct on the first device.
+    If there is no device besides the CPU, one finding says so. The finding for a dtype says whether a matrix product
+    and its gradient are correct on the first device, or on the CPU if there is no other device.
     """
     import torch
 

@@ -40,14 +40,13 @@ class Seen:
             self._database.execute(statement)
 
     def find_earlier(self, content: str, row: SeenRow) -> SeenRow | None:
-        """Return the stored row with the same content as a new row. If there is none, store the new row.
+        """Return the stored row that has the same content as `row`. If there is none, store `row` and return None.
 
-        `content` is the content of the new row as text, and `row` describes the new row. Returns None if the new row
-        was stored.
+        `content` is the content of `row` as text.
 
-        If a row was stored already, it is returned as it was before this call. Then its place and use are replaced if
-        the use of the new row comes first in the order of the class. If `row.can_copy` is True, the stored `can_copy`
-        becomes True.
+        The call may change the stored row, but returns its old values. The stored `place` and `use` become those of
+        `row` if `row` has the higher priority: TRAIN before VAL before UNUSED. The stored `can_copy` becomes True if
+        `row.can_copy` is True.
         """
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, 'big', signed=True)

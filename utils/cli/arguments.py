@@ -421,10 +421,10 @@ class InferArguments(CommonArguments):
         return ([], self.val_dataset) if self.val_dataset else (self.dataset, [])
 
     def answers_whole_dataset(self, typed: Collection[str]) -> bool:
-        """Return whether --dataset is answered as a whole, and not only the rows that a run would hold out.
+        """Return whether all rows of --dataset are answered, instead of the rows that a run would hold out.
 
-        This is so if --dataset was typed, and neither --dataset_test_ratio nor --val_dataset was typed. Of a data set
-        with a validation split, only this split is answered.
+        This is so if --dataset was typed, and neither --dataset_test_ratio nor --val_dataset was typed. If a data set
+        has a validation split, 'all rows' means all rows of this split.
         """
         others = {'dataset_test_ratio', 'val_dataset'}
         return self.reads_data and 'dataset' in typed and not others & set(typed)

@@ -21,9 +21,10 @@ _WITHOUT_BITSANDBYTES = ('mps', 'npu')
 
 
 def check_device(done: Resolution[Any]) -> None:
-    """Add a problem if the flags or the model need flash-attn or bitsandbytes, and the device of this machine has none.
+    """Check that flash-attn and bitsandbytes run on the device of this machine, if the flags or the model need them.
 
-    On a CPU, flash-attn is checked later, when the model is opened.
+    Adds a problem for a package that is needed and does not run. On a CPU, flash-attn is checked later, when the model
+    is opened.
     """
     args = done.args
     kind = dist.visible_kind()
@@ -85,7 +86,7 @@ def _settle_workers(done: Resolution[SftArguments]) -> None:
     if done.args.dataloader_num_workers is not None:
         return
     if dist.visible_kind() in ('cpu', 'mps'):  # on a Mac a worker is a new process, which imports everything again
-        done.decide('dataloader_num_workers', 0, 'without a GPU of its own memory a worker costs more than it saves')
+        done.decide('dataloader_num_workers', 0, 'on a CPU or a Mac, a worker process costs more than it saves')
     else:
         done.decide('dataloader_num_workers', 1, 'a worker prepares batches while the GPU computes')
 

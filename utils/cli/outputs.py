@@ -36,7 +36,11 @@ def check_writable(flag: str, given: str, target: Path, problems: Problems) -> N
 
 
 def check_clean_copy(target: Path, args: SftArguments, problems: Problems) -> None:
-    """Add a problem if the file of --write_clean exists, cannot be written, or would be data of the next run."""
+    """Add a problem if the file of --write_clean exists or cannot be written.
+
+    Also add a problem if --dataset or --val_dataset names a folder or a pattern that would include the file. The next
+    run would read the rows twice: from the old files and from this file.
+    """
     given = f'--write_clean {target}'
     sources = [source for word in itertools.chain(*args.datasets_read()) for source in _local_source(word)]
     if target.resolve() in [file.resolve() for source in sources for file in _files_of(source)]:

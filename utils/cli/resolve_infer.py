@@ -167,5 +167,5 @@ def _merge_unquantised(done: Resolution[InferArguments]) -> None:
         )
         return
     done.decide(
-        'quantization_bit', 0, f'rounding to {bits} bits would lose the adapter: it is merged into the unquantised base'
+        'quantization_bit', 0, f'merging needs unquantised weights: rounding to {bits} bits would lose the adapter'
     )

@@ -23,9 +23,9 @@ _GIVE_CHECKPOINT = 'Give the checkpoint of a run: output/<model>/vN-<time>/check
 
 
 def partial_checkpoints(run_dir: Path) -> list[str]:
-    """Return a warning for each incomplete checkpoint of a run, left by a process that ended while writing.
+    """Return a warning for each incomplete checkpoint of a run that has ended.
 
-    The run must not be in progress: then a checkpoint is incomplete because it is being written.
+    Do not call this function for a run in progress, which may be writing a checkpoint now.
     """
     pattern = partial_name(Path('checkpoint-*')).name
     return [

@@ -36,9 +36,12 @@ def converted(
 ) -> Iterator[ReadRow]:
     """Convert the rows of a data set, and yield (location, columns, conversation) for each row.
 
-    If a row cannot be converted, a BadRow is yielded instead of the conversation. The columns of a row decide which
-    converter is used. A row with another converter than the first row must have no column that the first row's
-    converter requires, because such a row may lack a part. Raises ConfigError if no converter fits the first row.
+    The columns of a row decide its format. If a row cannot be converted, a BadRow is yielded instead of the
+    conversation. Raises ConfigError if the format of the first row is unknown or not clear.
+
+    A row may have a different format than the first row. But it is a BadRow if it has a column that the first format
+    requires, because it may be an incomplete row of the first format. It is also a BadRow if only one of the two
+    formats is plain text.
 
     If the name of a column in the first row is a known name with capital letters or spaces, such as 'Query ', the
     column is read as 'query'. In this case, `remark` is called with a text for the log.
@@ -107,7 +110,11 @@ class _Conversion:
         return location, columns, row
 
     def _tidy(self, raw: Mapping[str, Any], written: Mapping[str, Any]) -> None:
-        """Find the columns of the first row that are read by another name. `raw` is `written` after --columns."""
+        """Set `tidied` for the columns of the first row. Call `remark` if a column is read by another name.
+
+        `written` is the first row with the column names of the file. All these names are added to `seen`. `raw` is the
+        same row with the names of --columns.
+        """
         self.seen.update(dict.fromkeys(map(str, written)))
         self.tidied = tidy_columns(list(map(str, raw)))
         if self.tidied:
@@ -142,10 +149,13 @@ class _Conversion:
 
 
 def _is_other_format(first: Converter, own: Converter, raw: Mapping[str, Any]) -> bool:
-    """Return whether a row is complete in another format than the first row, so that its own converter reads it.
+    """Return whether a row may have a different format than the first row.
 
-    `first` is the converter of the first row, `own` the one that fits the columns of this row. Conversations and plain
-    text are not read from one file: a cleaned copy could not hold both.
+    `first` is the converter of the first row. `own` is a different converter, and fits the columns of this row.
+
+    Returns False if the row has a column that `first` requires, because the row may be an incomplete row of the first
+    format. Also returns False if one of the formats is plain text, because the file of --write_clean cannot hold both
+    plain text and conversations.
     """
     needed = needed_columns(first)
     is_text = 'text' in needed or 'text' in needed_columns(own)

@@ -28,7 +28,10 @@ class TrainRows(Protocol):
     """
 
     def lengths(self) -> list[int]:
-        """Return the number of tokens of each item. A stream returns an estimate, with another number of items."""
+        """Return the number of tokens of each item.
+
+        A TrainingStream does not know all its rows. It returns estimates, and the list may be shorter than the stream.
+        """
 
     def origin(self, index: int) -> str:
         """Return where a row came from: file and line, or data set and row number."""
@@ -101,7 +104,9 @@ class EncodedRows:
     def append(self, row: Encoded, origin: str = '', *, part: int = 0, times: int = 1) -> None:
         """Add one row.
 
-        `times` is how often an epoch trains the row. Only the object that `map` returns contains the row that often.
+        `times` is how often an epoch trains the row. The row is stored once. The object that `map` returns contains the
+        row `times` times.
+
         `origin` says where the row came from, for example file and line. `part` is the index of the row's data set in
         Plan.parts.
         """
@@ -251,7 +256,7 @@ class Filled(Sequence[dict[str, Any]]):
         return self.size
 
     def lengths(self) -> list[int]:
-        """Return the number of tokens of each item, fillers included."""
+        """Return the number of tokens of each item of `rows`, and then 1 for each filler."""
         return [*self.rows.lengths(), *[1] * (self.size - len(self.rows))]
 
     def origin(self, index: int) -> str:

@@ -61,8 +61,8 @@ def _reader(
 ) -> Callable[[Any], Iterator[ReadRow]]:
     """Return a function that reads the files from the start. Its argument is a hash object.
 
-    The function updates the hash with the content of the files and with `names`, which has one name for each file. It
-    also adds keys to `columns` and `remarks`, which are the fields of a Part with these names.
+    `names` has one name for each file. The function updates the hash with the names and with the content of the files.
+    It adds the names of the columns to `columns`, and remarks on how the files are read to `remarks` (see Part).
     """
 
     def remark(text: str) -> None:

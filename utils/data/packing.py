@@ -95,11 +95,12 @@ class PackedRows:
 class StepSampler(Sampler[int]):
     """Reorders the rows of a sampler within each optimizer step. Each step keeps the same rows.
 
-    `order` is the sampler. A step has `batches` batches of `batch` rows, those of all processes together.
+    `order` is the sampler. `batch` is the number of rows of a batch. `batches` is the number of batches of a step,
+    summed over all processes.
 
-    If `pads` is True, each batch gets rows of similar length, so that it contains little padding. If `pads` is False,
-    the batches are concatenated, and get similar numbers of tokens, so that they need similar memory and time. If the
-    last step has fewer rows, its rows are only sorted by length.
+    If `pads` is True, the rows of a batch are padded to the same length. So each batch gets rows of similar length. If
+    `pads` is False, the rows of a batch are concatenated without padding. So all batches of a step get similar numbers
+    of tokens, and need similar memory and time. If the last step has fewer rows, its rows are only sorted by length.
     """
 
     def __init__(self, order: Any, lengths: Sequence[int], *, batch: int, batches: int, pads: bool) -> None:

@@ -60,8 +60,8 @@ class Part:
     remarks: dict[str, None] = field(default_factory=dict)
     # Hash of the content that the first pass read.
     content: str = ''
-    # The number of replies before the last reply for which the row itself does not say whether they carry loss, and the
-    # number of rows with such a reply. The keys say which replies carry loss if --loss_scope is not typed.
+    # The number of replies before the last reply whose message has no key `loss`, and the number of rows with such a
+    # reply. The keys say which replies carry loss if --loss_scope is not typed.
     earlier_replies: Counter[LossScope] = field(default_factory=Counter)
     rows_with_earlier: Counter[LossScope] = field(default_factory=Counter)
     # The name in metrics, for a set of --val_dataset. Empty for all other parts.
@@ -191,9 +191,10 @@ def check_read_once(parts: Iterable[Part]) -> None:
 
 
 def check_columns(parts: Iterable[Part], reading: Reading) -> None:
-    """Raise ConfigError if --columns names a column that no row of a file has, among the rows read so far.
+    """Raise ConfigError if --columns names a column that was in none of the rows read so far.
 
-    Does nothing if all data sets are registered, if no row of a file was read, or if `reading.complete` is False.
+    The rows of registered data sets do not count, because --columns does not rename their columns. Does nothing if no
+    other rows were read, or if `reading.complete` is False.
     """
     from_files = [part for part in parts if part.files]
     if not from_files:

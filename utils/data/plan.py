@@ -46,7 +46,7 @@ class Plan:
     mixed: bool = False
 
     def decisions(self, loss_scope: LossScope | None) -> list[str]:
-        """Return log lines: how files are read, which rows are not used or repeated, and which tokens carry loss.
+        """Return log lines about how files are read, which rows are unused or repeated, and which tokens carry loss.
 
         `loss_scope` is the value of --loss_scope. It is None if the flag is not typed.
         """
@@ -86,9 +86,10 @@ class Plan:
         """Return the entry `data` of lock.json, for example {'a.jsonl': {'rows': 100, 'sha256': 'e3b0...'}}.
 
         `rows` is the number of used rows. A row that an epoch trains twice counts twice. `sha256` is a hash of all
-        rows, and of the use of each row (training, validation or none). A data set of a hub also has the key `served`,
-        and the key `commit` if the hub names the commit. A data set of --val_dataset also has the key `flag`. A
-        validation split has its own entry.
+        rows, and of the use of each row (training, validation or none). A validation split has its own entry.
+
+        A data set of a hub also has the key `served`: the hub, id and revision of the download. If the hub names the
+        commit, the key `commit` has it. A data set of --val_dataset also has `'flag': 'val_dataset'`.
         """
         return {
             part.name: {
@@ -113,8 +114,8 @@ def loss_decisions(
 ) -> list[str]:
     """Return log lines that say whether the earlier replies of rows carry loss.
 
-    An earlier reply is a reply before the last reply of its row, for which the row itself does not say whether it
-    carries loss. Without earlier replies, there are no lines.
+    An earlier reply is any reply of a row but the last. Earlier replies whose message has a key `loss` do not count,
+    because the key decides whether they carry loss. If no earlier replies count, there are no lines.
 
     `typed` is the value of --loss_scope. With 'all_rounds', all earlier replies carry loss, and there are no lines.
     With 'last_round', none of them carries loss. If the flag is not typed, `typed` is None, and the format of each row
@@ -183,11 +184,11 @@ class _Planner:
     def add_training(self, word: str, test_ratio: float | None) -> Ingredient:
         """Read a data set of --dataset, and choose its training rows and validation rows. Returns its training rows.
 
-        `word` is the value of --dataset. If it has a number of rows (name#500), at most this number of rows is drawn.
-        No rows of a validation split are drawn.
+        `word` is the value of --dataset. If it has a number of rows (name#500), at most this number of rows is drawn at
+        random, and the other rows are not used. The number does not apply to the rows of a validation split.
 
-        If the data set has a validation split, the validation rows are all rows of this split. Otherwise, the share
-        `test_ratio` of the drawn rows is held out for validation. If the share is less than one row, one row is held
+        If the data set has a validation split, all rows of this split are validation rows. Otherwise, the share
+        `test_ratio` of the used rows is held out for validation. If the share is less than one row, one row is held
         out. If `test_ratio` is 0, or if there is only one row, no row is held out. If `test_ratio` is None, the data
         set gives no validation rows, and its validation split is not used.
         """

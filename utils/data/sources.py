@@ -73,9 +73,11 @@ def parse_source(word: str) -> Source:
 def _split_share(word: str) -> tuple[str, Fraction | None]:
     """Split a word such as name%0.3 into its name and its share, here ('name', Fraction(3, 10)).
 
-    Returns (word, None) if the word has no share. A % is part of the name if a / follows it, if text and a # follow it,
-    or if the word ends in the suffix of a data file. Raises ConfigError if the share is not between 0 and 1, or if the
-    word has both a share and a number of rows.
+    Returns (word, None) if the word has no share. A % is part of the name in three cases: a / follows it (a%b/c), the
+    word ends in the suffix of a data file (a%b.jsonl), or a # follows it and no number is between them (a%b#5).
+
+    Raises ConfigError if the share is not between 0 and 1, or if the word has both a share and a number of rows
+    (name%0.3#5).
     """
     name, mark, share = word.rpartition('%')
     number, counted, _ = share.partition('#')

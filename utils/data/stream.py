@@ -286,7 +286,10 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         return [heapq.nlargest(count, self.first(_FIRST_ROWS), key=lambda item: len(item['input_ids']))]
 
     def summary(self) -> dict[str, Any]:
-        """Log and return the counts of all processes for run.json. Every process must call this method, only once."""
+        """Log the counts of rows and characters, and return them for run.json.
+
+        The counts include the rows of all processes. Every process must call this method exactly once.
+        """
         for other in dist.from_all(self.report)[1:]:
             self.report.left_out.merge(other.left_out)
             self.report.noted.merge(other.noted)
@@ -356,8 +359,9 @@ def prepare_stream(
 
     Logs the first `samples` training rows, and writes them to sample.txt.
 
-    With --val_dataset, the validation rows are its rows. Otherwise, they are the first `val_rows` rows of each data
-    set. If a data set has a validation split, they come from this split. If not, they are not trained on.
+    With --val_dataset, `sources.val` has the validation rows. Otherwise, each data set gives up to `val_rows`
+    validation rows: the first rows of its validation split. If a data set has no validation split, its first rows are
+    the validation rows, and are not trained on.
 
     Raises ConfigError if the rows that are read before training contain no row to train on.
     """

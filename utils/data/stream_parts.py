@@ -31,11 +31,11 @@ class Streams:
     `sources` has one list for each data set of --dataset. `shares` has the share of each data set (name%0.3). If
     --dataset gives no shares, `shares` is empty, and a row is taken from each data set in turn.
 
-    Without --val_dataset, a list in `sources` is [training split, validation split], or [part] if the data set has no
-    validation split. The validation rows are taken from `sources`, and `val` is None.
+    Without --val_dataset, a list in `sources` is [training part, validation part], or [training part] if the data set
+    has no validation split. The validation rows are taken from `sources`, and `val` is None.
 
-    With --val_dataset, a list in `sources` is [part] without the validation split, and no rows of `sources` are held
-    out. `val` is the plan of the rows of --val_dataset. These rows are not streamed.
+    With --val_dataset, a list in `sources` is always [training part], and all its rows are for training. `val` is the
+    plan of the rows of --val_dataset. These rows are not streamed.
 
     `decisions` has log lines about the data sets.
     """
@@ -88,8 +88,8 @@ def open_streams(
 def first_rows(sources: Sequence[Sequence[Part]], count: int) -> list[Row]:
     """Return the validation rows of a stream: the first `count` rows of each data set that can be trained on.
 
-    `sources` has one list for each data set: [training split, validation split], or [part]. The rows are taken from the
-    last part of each list, so from the validation split if the list has one.
+    `sources` has one list for each data set: [training part, validation part], or [training part] if the data set has
+    no validation split. The rows are taken from the last part of each list.
     """
     found: list[Row] = []
     for parts in sources:

@@ -35,8 +35,11 @@ def _counted_name(name: str, counted: Mapping[str, Any]) -> str:
 class Account:
     """Counts the characters of many rows.
 
-    `fields` is a dict from kinds of text to numbers of characters per outcome. `unused` is a dict from columns, keys or
-    kinds of text to the number of encoded rows in which at least a part of their text is not used.
+    `fields` is a dict from a kind of text to {outcome: number of characters}. An outcome is what happened to the
+    characters, for example `trained` or `context` (see the head of this module).
+
+    `unused` is a dict from a column, key or kind of text to the number of encoded rows in which at least a part of its
+    text is not used.
 
     Example of `fields`: {'user text': {'context': 9}}
     Example of `unused`: {'column `source`': 3}
@@ -55,7 +58,7 @@ class Account:
         self.unused[name] = self.unused.get(name, 0) + rows
 
     def skip(self, raw: Mapping[str, Any], reason: str) -> None:
-        """Count all characters of a row that is not trained on. Their outcome is `reason`, for example 'left out'.
+        """Count the characters of a row that is not trained on. Their outcome is `reason`, for example 'left out'.
 
         `raw` is the row before conversion to a chat. The row is not counted in `unused`.
         """
@@ -63,10 +66,10 @@ class Account:
             self._count(row_text.label, reason, len(row_text.text))
 
     def add(self, row: Row, encoded: Encoded, again: Again) -> None:
-        """Count all characters of an encoded row.
+        """Count the characters of an encoded row by kind of text and outcome.
 
-        If the position of a text in the rendered row is not certain, `again` encodes the row with a marker in place of
-        the text.
+        If the position of a text in the rendered row is not certain, `again` encodes the row once more, with a marker
+        (a made-up word) in place of this text.
         """
         rendered = SearchedText(encoded)
         results = list(search_texts(row, encoded, rendered))

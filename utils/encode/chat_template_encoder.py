@@ -133,9 +133,9 @@ class AutoEncoder(Encoder):
 
         `whole` has the ids of prompt and reply, tokenised as one text.
 
-        The tail is the end of the prompt, from the last control token on. `tails` is a dict from tails to the ids of
-        the tail without a reply. If a tokenizer merges the tail with the beginning of the reply, `whole` does not
-        contain the ids of the tail, and the result is 0.
+        The tail is the end of the prompt, from the last control token on. `tails` is a dict from the text of a tail
+        to its ids, tokenised alone. If a token spans the border between prompt and reply, `whole` does not contain the
+        ids of the tail, and the result is 0.
         """
         # Tokenizers first split text at control tokens. So a reply cannot change the ids before the last of them.
         count, start = self.text.last_control(prompt)
@@ -209,9 +209,10 @@ class AutoEncoder(Encoder):
                 encoded[index] = without_last(encoded[index])
 
     def _find_earlier(self, row: Row, rendered: RenderedRow) -> tuple[list[tuple[int, int]], bool]:
-        """Return the spans of the prompt with the earlier replies that carry loss, and whether all of them are printed.
+        """Return (spans of the earlier replies that carry loss, whether each of these replies has a span).
 
-        A span is (start, end) in the text of the prompt.
+        A span is (start, end) in the text of the prompt. A reply that the template leaves out of the prompt has no
+        span. A reply with tool calls can have two spans.
         """
         # The rendered chat may have a system text that the row does not have.
         shift = len(rendered.chat.messages) - len(row.messages)
@@ -225,7 +226,7 @@ class AutoEncoder(Encoder):
         return found, are_all_printed
 
     def _unguarded_span(self, row: RenderedRow, earlier: _Earlier) -> tuple[int, int]:
-        """Return the span of an earlier reply in the prompt without stand-ins."""
+        """Return the span that an earlier reply has in the prompt after stand-ins are replaced by control tokens."""
         if not row.guarded:
             return earlier.start, earlier.end
         return len(self.text.unguard(row.prompt[: earlier.start])), len(self.text.unguard(row.prompt[: earlier.end]))

@@ -1,4 +1,7 @@
-"""Finds the replies before the last reply of a row in the text of its prompt."""
+"""Finds earlier replies in the rendered prompt of a row.
+
+An earlier reply is a reply before the last reply. The prompt is the rendered text before the last reply.
+"""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ ADDED_END = 'the chat template prints no end of turn: an end-of-turn token is ad
 TOOLS_IGNORED = 'the template has no place for tools: they are left out of the prompt'
 TOOL_CALL_AS_TEXT = 'the template has no form for tool calls: written as plain text'
 SYSTEM_IGNORED = 'the template has no place for a system text: the system text of the row is left out'
-TAGS_AS_TEXT = 'image tags in the text, and the model sees no images: kept as plain text'
+TAGS_AS_TEXT = 'image tags in the text, but images are not supported for this model: kept as plain text'
 EARLIER_CHANGED = 'the chat template does not print an earlier reply: no loss on that reply'
 EARLIER_MERGED = 'a token merges across the start or end of an earlier reply: no loss on that token'
 NO_LOSS_MARKED = 'the last reply is marked to carry no loss (weight, loss or train), and no earlier reply carries loss'
@@ -63,8 +63,8 @@ _BEGINNING = 64
 class Encoded:
     """A row as token ids, with the spans of ids that carry loss.
 
-    A span (start, end) does not include `end`. `trained` is the span of the last reply that carries loss. `earlier` has
-    the spans of all replies before it that carry loss, in the order of the row. A reply with tool calls may have two.
+    A span (start, end) does not include `end`. `trained` is the last span that carries loss. `earlier` has the spans
+    before it, in order. A reply usually has one span. An earlier reply with tool calls can have two spans.
 
     The first `prompt_length` ids are the prompt, which inference continues. If the row is plain text, its prompt is the
     first half of its ids, but at most 64 ids. In training, every id of plain text carries loss.

@@ -242,7 +242,7 @@ class Encoder:
         if self.images is None and any('</img>' in turn['content'] for turn in source.messages):
             row.notes.append(TAGS_AS_TEXT)
         if self.images is None and isinstance(source.images, ImageFiles) and source.images:
-            row.notes.append(f'column `{source.images.column}` is not used: the model sees no images')
+            row.notes.append(f'column `{source.images.column}` is not used: images are not supported for this model')
         if found:
             filled = self._fill_slots(row.input_ids, found, self.max_length if self.overlong == 'cut' else -1)
             assert self.images is not None, 'it found them'

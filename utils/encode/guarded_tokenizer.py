@@ -227,9 +227,9 @@ class TextTokenizer:
 
         The copy reads control tokens as plain text. But a control token of the template must still become one id. So
         the caller first replaces the control token by an alias, which is a random text. In the copy, an alias is one
-        token, and the dict leads from the id of the alias to the id of the control token.
+        token. The dict maps the id of the alias to the id of the control token.
 
-        The ids of added tokens are different in the copy, so the dict contains these ids too.
+        The dict also has all added tokens of the tokenizer itself, because their ids in the copy are different.
         """
         from tokenizers import AddedToken, Tokenizer
 

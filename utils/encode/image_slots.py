@@ -33,14 +33,14 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
     Only tags in user turns are replaced. A row is untagged if it has images in a column of {bytes, path}, but no image
     tag in a user turn. The images of an untagged row are put before the text of the first user turn.
 
-    If the model has no vision tower, `images` is None. Then the row is returned unchanged, with an empty list. But if
-    the row has images in a column and is not untagged, RowRefused is raised.
+    If images are not supported for the model, `images` is None. In this case, a row that is untagged or has no
+    `row.images` is returned unchanged, with an empty list. RowRefused is raised for any other row.
 
-    Also raises RowRefused if an image cannot be used, or if the images of the row do not fit its empty tags.
+    RowRefused is also raised if an image cannot be used, or if the images of the row do not fit its empty tags.
     """
     if images is None:
         if row.images and not is_untagged(row):
-            raise RowRefused('the row has images, and the model sees none', row.images[0])
+            raise RowRefused('the row has images, but images are not supported for this model', row.images[0])
         return row, []
     try:
         texts = [turn['content'] for turn in row.messages if turn['role'] == 'user']

@@ -40,7 +40,11 @@ class Again(Protocol):
 
 
 def correct_positions(results: list[SearchResult], rendered: SearchedText, row: Row, again: Again) -> None:
-    """Correct each position in `results` that is not certain. `again` encodes `row` with markers in place of texts."""
+    """Correct the results whose position in the rendered row may be wrong. The list `results` is changed.
+
+    `again` encodes `row` once more, with a marker in place of the text of each of these results. The position of a
+    marker is the position of its text.
+    """
     # A text that equals one of these words may be found where the template prints the word.
     printed = '\n'.join([again.printed, *_ROLES, *other_words(row.written)])
     doubtful = _doubtful(results, rendered, printed)
@@ -174,13 +178,14 @@ def _forms(text: str) -> list[str]:
 def _find_markers(
     results: Sequence[SearchResult], marks: Mapping[int, str], rendered: SearchedText, render: _Rendering
 ) -> dict[str, list[Span]] | None:
-    """Return a dict from markers (made-up words) to the spans of the rendered row that they replace.
+    """Find the spans of texts in `rendered`. Returns a dict from the marker of a text to the spans of this text.
 
-    `marks` is a dict from indices in `results` to markers. The row is rendered again with the markers in place of the
-    texts at these indices, and is compared with `rendered`.
+    A marker is a made-up word. `marks[number]` is the marker of the text in `results[number]`. The row is rendered
+    again, with each marker in place of its text. The new rendering is compared with `rendered`. A text has no spans if
+    its marker is not printed.
 
-    Returns None if the changed row is refused, if anything but the texts is printed differently, or if the rendered row
-    already contains one of the markers.
+    Returns None if the changed row is refused, if the two renderings differ anywhere except at the markers, or if
+    `rendered` already contains one of the markers.
     """
     pieces = render([(results[number].row_text.path, mark) for number, mark in marks.items()])
     if pieces is None or any(mark in rendered.text for mark in marks.values()):

@@ -260,7 +260,7 @@ def _of_turns(value: Any, column: str, number: int = 0) -> Iterator[RowText]:
 
 
 def _texts_of_column(raw: Mapping[str, Any], column: str, columns: Sequence[str], rounds: int) -> Iterator[RowText]:
-    """Yield a RowText for every string in a column with a question, an additional input or the reply of a row.
+    """Yield a RowText for every string in a question or reply column, for example `query` or `response`.
 
     `columns` are the columns of the row's format, for example ('query', 'response', 'history'). The first of them is
     the prompt column. `rounds` is the number of question-answer pairs in the history.

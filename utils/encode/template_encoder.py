@@ -85,9 +85,11 @@ class TemplateEncoder(Encoder):
     def _context(self, row: Row) -> tuple[list[str | list[int]], bool, list[str]]:
         """Return (pieces, is_guarded, notes) for a prompt. `row` has the messages of the prompt, not the last reply.
 
-        A piece is a text or a list of token ids. `is_guarded` is True if the messages, or the system text of a row
-        without a system turn, contain the text of a control token, such as <|im_end|>. In the pieces,
-        TextTokenizer.guard has then replaced this text by a random text. `notes` says what is unusual about the row.
+        A piece is a text or a list of token ids. `notes` says what is unusual about the row.
+
+        `is_guarded` is True if a message contains the text of a control token, such as <|im_end|>. It is also True if
+        `self.system` contains such a text and the template prints `self.system`. If `is_guarded` is True,
+        TextTokenizer.guard has replaced the control tokens of messages and system text by random texts.
 
         Raises ConfigError if the template has no form for the turns of the row.
         """
@@ -129,7 +131,7 @@ class TemplateEncoder(Encoder):
         return joined, guarded, notes
 
     def _system_spells_control(self, turns: Sequence[Message]) -> bool:
-        """Return whether the template prints `self.system` before these turns, and it contains a control token."""
+        """Return True if the template prints `self.system` before `turns`, and `self.system` has a control token."""
         is_used = self.template.has_system and not (turns and turns[0]['role'] == 'system')
         return is_used and self.text.has_control(self.system or '')
 

@@ -42,8 +42,8 @@ class Frame(NamedTuple):
     `lead` is the text just before the reply, for example an empty think block. `end` is the text after the reply, for
     example the end-of-turn token.
 
-    `prompt_only` is the end of the generation prompt, if the chat with the reply does not have it, and else ''. For
-    example, some generation prompts end in '<think>', but the chat with the reply has no think tag.
+    Some templates leave out the end of the generation prompt if a reply follows. `prompt_only` is this end, for example
+    '<think>'. For other templates, it is ''.
     """
 
     lead: str
@@ -127,7 +127,11 @@ class TemplateProperties:
         return text[text.rfind(name) :] if name in text else None
 
     def _find_form_of_calls(self) -> dict[bool, bool]:
-        """Set `no_text` and `arguments_as_text` so that the template prints calls, and return `says_calls`."""
+        """Set `no_text` and `arguments_as_text` to the first values with which the template prints tool calls.
+
+        Returns {False: ..., True: ...}. The key is whether the chat lists tools. The value is whether the template
+        prints tool calls in such a chat.
+        """
         says_calls = {False: False, True: False}
         for no_text, as_text in (('', False), (None, False), ('', True), (None, True)):
             self.no_text, self.arguments_as_text = no_text, as_text

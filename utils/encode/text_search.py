@@ -1,7 +1,12 @@
-"""Searches the texts of a row in its rendered row, and counts their characters by outcome.
+"""Finds the texts of a row in its rendered row, and counts their characters by outcome.
 
-A text, or a part of a text, that is not found counts as not used. The text of a column that conversion drops counts as
-not used without a search. Roles and types are not searched either: they count as `structure`.
+The outcome says what happened to a character:
+* `trained`: it carries loss.
+* `context`: it is in the rendered row, but carries no loss.
+* `cut`: it was removed by the cut to max_length.
+* `trimmed`: it is whitespace around a text or a line, and has no other outcome.
+* `structure`: it belongs to a role or type, which is not searched, or to a tag that is not found.
+* `not used`: it is not found in the rendered row, or conversion drops its column.
 
 The search may find a wrong position, for example if the text is `a`, or is a name that is also a role
 (see marker_search.py).
@@ -69,12 +74,9 @@ class SearchedText:
         return ''.join([*parts, self.text[position:]])
 
     def count_span(self, start: int, end: int, length: int) -> dict[str, int]:
-        """Return a dict from outcomes to numbers of characters at start:end.
+        """Count the characters at start:end by outcome (see the head of the module).
 
-        Example: {'cut': 3, 'context': 5, 'trained': 9}
-
-        A `cut` character was removed by the cut to max_length. A `context` character carries no loss. A `trained`
-        character carries loss.
+        Example of the returned dict: {'cut': 3, 'context': 5, 'trained': 9}
 
         The counts are scaled so that their sum is `length`, the length of the same text in the row. The rendered text
         may be longer than the text in the row, for example because of JSON escapes.
@@ -97,9 +99,9 @@ class SearchedText:
         return found
 
     def count_text(self, written: str, shown: str, at: Span) -> dict[str, int]:
-        """Return a dict from outcomes to numbers of characters for `written`, a text of the row.
+        """Count the characters of `written`, a text of the row, by outcome (see the head of the module).
 
-        Example: {'context': 9, 'trimmed': 2}
+        Example of the returned dict: {'context': 9, 'trimmed': 2}
 
         `shown` is `written`, or `written` without the whitespace around it. `at` is the span in which `shown` is
         printed. Whitespace that is not printed counts as trimmed.
@@ -113,9 +115,9 @@ class SearchedText:
 class SearchResult(NamedTuple):
     """Says where one text of a row was found in the rendered row.
 
-    The rendered row is what the template prints for the row. `counts` is a dict from outcomes to numbers of characters,
-    for example {'context': 9}. `at` is the (start, end) of the text in the rendered row. If the whole text was not
-    found, `at` is None. `start` is the position at which the search began.
+    The rendered row is what the template prints for the row. `counts` has the number of characters for each outcome
+    (see the head of the module), for example {'context': 9, 'trimmed': 2}. `at` is the (start, end) of the text in the
+    rendered row. If the whole text was not found, `at` is None. `start` is the position at which the search began.
     """
 
     row_text: RowText
@@ -169,7 +171,7 @@ def search_texts(row: Row, encoded: Encoded, rendered: SearchedText) -> Iterator
 
 
 def _search(row_text: RowText, rendered: SearchedText, start: int, *, has_images: bool) -> tuple[SearchResult, int]:
-    """Search one text of the row from `start` on. Returns (result, end).
+    """Look for one text of the row from `start` on. Returns (result, end).
 
     `end` is the position at which the text, or its last part that is found, ends. It is 0 if nothing is found from
     `start` on, or if the text is not searched, such as a role.
@@ -201,8 +203,9 @@ def _search(row_text: RowText, rendered: SearchedText, start: int, *, has_images
 def _search_parts(whole: str, rendered: SearchedText, start: int, *, has_images: bool) -> tuple[dict[str, int], int]:
     """Split the text `whole` at line ends and tags, and look for each part in `rendered`.
 
-    The search begins at the position `start` of `rendered`. Returns (dict from outcomes to numbers of characters,
-    end of the last found part in `rendered`). The end is 0 if no part is found.
+    The search begins at the position `start` of `rendered`. Returns (counts, end). `counts` has the number of
+    characters for each outcome (see the head of the module). `end` is the position in `rendered` at which the last
+    found part ends, or 0 if no part is found.
     """
     counts: dict[str, int] = {}
     end = 0

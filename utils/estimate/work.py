@@ -1,6 +1,6 @@
 """The work of a run: the numbers of rows, tokens and steps, and the batch that needs the most memory.
 
-`plan_work` says when the tokens are counted. In all other cases, an upper bound is computed.
+The rows are encoded to count their tokens. If this is not possible, an upper bound is computed (see `plan_work`).
 """
 
 from __future__ import annotations
@@ -33,12 +33,18 @@ from utils.run.rows import plan_of
 class Work:
     """The work of a run. `lines` describe it for the user.
 
-    `tokens` is the number of tokens in all steps. If `counted` is False, it is an upper bound, or None if no bound is
-    known. If `counted` is True, it is exact for whole epochs. With --max_steps or a fraction of an epoch, it is then
-    estimated from the mean length of the rows.
+    `counted` says whether the rows were encoded to count their tokens. `tokens` is the number of tokens in all steps:
 
-    `batch` has the sizes of the batch that needs the most memory. If two batches may be this one, it has the larger of
-    both sizes. If `counted` is False and --max_length is -1, the sizes are assumed.
+    - If `counted` is True, it is exact for whole epochs. For --max_steps or a fraction of an epoch, it is estimated
+      from the mean length of the rows.
+    - If `counted` is False, it is an upper bound, or None if no bound is known.
+
+    `batch` has the sizes of the batch that needs the most memory:
+
+    - If `counted` is True, each size is the larger one of two batches: the batch with the longest rows, and the batch
+      with the most trained tokens. With --packing, there is only the batch with the longest packs.
+    - If `counted` is False, every row has --max_length tokens, and all tokens are trained. If --max_length is -1, a
+      length is assumed.
     """
 
     lines: list[str]

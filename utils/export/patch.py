@@ -213,9 +213,10 @@ def release(model: Any) -> None:
 
 
 class Kept:
-    """Measures how much of a change of weights their rounding keeps.
+    """Measures the share of the changes to the weights that remains after the merged weights are rounded.
 
-    The share is exact, unlike that in logits of 16 bits, where rounding of each operation hides a small change.
+    The weights themselves are compared, so the share is exact. A comparison of 16-bit logits could miss a small change,
+    because every operation rounds its result.
     """
 
     def __init__(self) -> None:
@@ -223,7 +224,10 @@ class Kept:
         self.found = 0.0
 
     def count(self, stored: torch.Tensor, merged: torch.Tensor, rounded: torch.Tensor) -> None:
-        """Count a tensor: as the base has it, merged in fp32, and as it is written."""
+        """Include a tensor in the share.
+
+        `stored` is the tensor of the base, `merged` is the merged tensor, and `rounded` is `merged` after rounding.
+        """
         parts = zip(*(tensor.detach().reshape(-1).split(_AT_ONCE) for tensor in (stored, merged, rounded)), strict=True)
         for before, after, written in parts:
             moved = after.float() - before.float()
@@ -231,15 +235,21 @@ class Kept:
             self.found += float(moved.dot(written.float() - before.float()))
 
     def share(self) -> float:
-        """Return the share of the change that is kept: 1 is all of it. It is weighted by the squares of the changes."""
+        """Return the share of the changes that remains after rounding, as a mean over all counted weights.
+
+        Each weight counts in proportion to the square of its change. Without any change, the share is 1.
+        """
         return self.found / self.wanted if self.wanted else 1.0
 
 
 def write_patched(patch: Patch, folder: Path) -> tuple[dict[str, str], float]:
-    """Write the merged model to the new folder `folder`: the weights, and the files that `carried_files` returns.
+    """Write the merged model to the new folder `folder`.
 
-    The files are those of the base. Returns the sha256 of each changed tensor by its name, and the share of the changes
-    that rounding to the dtypes of the base keeps.
+    The weight files and the files that `carried_files` returns are copied from the base. In the copies of the weight
+    files, the changed tensors are overwritten.
+
+    Returns a dict {name of a changed tensor: sha256 of its new bytes}, and the result of `Kept.share`. This is the
+    share of the changes that remains after the changed tensors are rounded to the dtypes of the base.
     """
     from safetensors import safe_open
 

@@ -3,9 +3,14 @@
 A concatenated batch has its rows of tokens one after the other, without padding. A token attends only to tokens of its
 own row.
 
-The class `RowAttention` cuts each row into blocks. A block is at most 128 consecutive queries of a row, with all keys
-that they may see. Blocks are padded to a few shapes, and blocks of equal shape form a group. A group is computed by one
-matrix product.
+This module computes attention in two ways:
+
+- `RowAttention` cuts each row into blocks. A block is at most 128 consecutive queries of a row, with all keys that they
+  may see. Blocks are padded to a few shapes. Blocks of equal shape form a group, and are computed together.
+- `attend_in_groups` calls torch's own attention. Rows of similar length form a group, and each row is padded to the
+  longest row of its group.
+
+Other kernels are in flash_rows.py and flex_rows.py.
 
 The letters at the end of a name are the dimensions of the tensor. For example, `query_HTD` has the shape
 [query heads, tokens, width].
@@ -20,7 +25,7 @@ The letters at the end of a name are the dimensions of the tensor. For example, 
     Q: queries of a block, with padding
     K: keys of a block, with padding
     L: length of the longest row of a group of rows
-    N: vectors of all padded blocks, one for each query and head
+    N: pairs of a query and a head in all blocks, with padding
 """
 
 from __future__ import annotations
@@ -61,14 +66,16 @@ _PREFIX = 'rows_over_'
 
 
 def unpadded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return a dict with the attention mask to pass to the model with concatenated rows, or an empty dict.
+    """Return {'attention_mask': a tensor of ones} to pass to the model with concatenated rows, or an empty dict.
 
-    `ids` are the token ids [1, tokens]. The mask is a tensor of ones under the name attention_mask. The model's
-    attention ignores it. But without a mask, transformers would search position_ids for the starts of rows, and the CPU
-    would wait for the device.
+    `ids` are the token ids [1, tokens]. The mask has the same shape.
 
-    The dict is empty if `attend_by_rows` did not replace the model's attention. If the model uses the package
-    flash-attn, it was not replaced, because flash-attn needs the starts from this search.
+    Without a mask, transformers searches position_ids for the starts of rows, and the CPU waits for the device. If
+    `attend_by_rows` has replaced the model's attention, the starts are not needed. The mask then prevents the search,
+    and the attention ignores the mask.
+
+    If `attend_by_rows` has not replaced the attention, the dict is empty. An example is the package flash-attn, which
+    needs the starts that transformers finds.
     """
     uses_rows = model.config._attn_implementation.startswith(_PREFIX)
     return {'attention_mask': torch.ones_like(ids)} if uses_rows else {}
@@ -528,12 +535,10 @@ def _keeps_weights(keys: int, softcap: float | None) -> bool:
 class _Weights(NamedTuple):
     """The attention weights of a group of blocks, and what their backward pass needs.
 
-    The number of rows of each tensor is that of `keys`: [blocks * key heads, query heads per key head * queries].
-
-    keys: the weights of the keys. The shape ends with the number of keys.
-    sink: the weights of the attention sinks in fp32, or None without sinks. If a weight is small, 1 minus the rounded
-    weights of the keys would not give it.
-    slope: the derivative of the cap function at each score, in the shape of `keys`, or None if scores are not capped.
+    keys: the weights of the keys, [blocks * key heads, query heads per key head * queries, keys].
+    sink: the weights of the attention sinks in fp32, in the shape of `keys` without the last dimension. None without
+    sinks. They are stored because 1 minus the sum of the rounded key weights is too inexact for a small sink weight.
+    slope: the derivative of the cap function at each score, in the shape of `keys`. None if scores are not capped.
     """
 
     keys: torch.Tensor

@@ -73,10 +73,11 @@ def _mixin_for(kind: type[nn.Module]) -> type[_FusedRotary] | None:
 
 
 def _copy_with(function: Any, names: Mapping[str, Any]) -> types.FunctionType:
-    """Return a copy of a function that finds `names` in place of the globals of its module.
+    """Return a copy of a function in which `names` replace the globals that have the same names.
 
-    If the function is decorated (transformers 5.24 renames an argument so), the copy has a copy of the decorated
-    function, and that one finds `names`.
+    If the function is decorated, the decorator's wrapper and the wrapped function are both copied. The globals are
+    replaced only in the copy of the wrapped function. For example, transformers 5.24 uses a decorator to rename an
+    argument.
     """
     closure = function.__closure__
     decorated = getattr(function, '__wrapped__', None)

@@ -66,12 +66,13 @@ class BlockGroup(NamedTuple):
     first: int
 
     def part(self, padded_ND: torch.Tensor, heads: int, repeats: int) -> torch.Tensor:
-        """Return a view of `padded_ND` with only the vectors of the blocks in `self.blocks`.
+        """Return a view of `padded_ND` with only the vectors of this group.
 
-        The tensor `padded_ND` [vectors, width] has the vectors of all groups: one vector for each query in each query
-        head, padding included. The view has the shape [blocks * heads, repeats * queries, width].
+        `padded_ND` [vectors, width] has one vector for each pair of a query and a query head, for the blocks of all
+        groups. Padded queries are included. The order is (group, block, key head, query head of this key head, query).
 
-        `heads` is the number of key heads. `repeats` is the number of query heads that share one key head.
+        `heads` is the number of key heads. `repeats` is the number of query heads that share one key head. The view has
+        the shape [blocks of this group * heads, repeats * self.queries, width].
         """
         start = self.first * heads * repeats
         part_ND = padded_ND[start : start + len(self.blocks) * heads * repeats * self.queries]
@@ -131,7 +132,10 @@ class DeviceTensors:
     """
 
     def __init__(self, cu_seqlens: torch.Tensor | None = None) -> None:
-        """Store `cu_seqlens` if it is given. RowMask.cu_seqlens then returns this tensor if asked for its device."""
+        """Store the tensor `cu_seqlens` if it is given.
+
+        Layers on the device of this tensor then use it. For other devices, RowMask.cu_seqlens makes a new tensor.
+        """
         self._made: dict[tuple[str, torch.device], Any] = {}
         if cu_seqlens is not None:
             self._made['cu_seqlens', cu_seqlens.device] = cu_seqlens
@@ -313,10 +317,10 @@ class RowMask:
 
 
 def key_indices(group: BlockGroup, heads: int, device: torch.device) -> torch.Tensor:
-    """Return the indices of the keys of a group of blocks in a tensor of keys [tokens * heads, width].
+    """Return the indices that copy keys into the blocks of `group`. `heads` is the number of key heads.
 
-    The result has the shape [blocks * heads * keys]. `heads` is the number of key heads. If a block has fewer than
-    `group.keys` keys, the index of its last key is repeated.
+    Let x [tokens * heads, width] be the keys of the batch. Then x[indices] are the keys of the blocks, in the order
+    (block, key head, key). If a block has fewer than `group.keys` keys, the index of its last key is repeated.
     """
     offset_K = torch.arange(group.keys, device=device)
     position_BK = torch.stack([(block.first_key + offset_K).clamp_(max=block.end - 1) for block in group.blocks])
@@ -331,8 +335,8 @@ _ROWS: ContextVar[RowMask | None] = ContextVar('rows', default=None)
 def concatenated_rows(lengths: Sequence[int], cu_seqlens: torch.Tensor | None = None) -> Iterator[None]:
     """A context in which a model takes its input as rows of these lengths, without padding between them.
 
-    It has an effect on models that were passed to `attend_by_rows`. If `cu_seqlens` is given, RowMask.cu_seqlens
-    returns this tensor on its device, instead of a new tensor.
+    It has an effect on models that were passed to `attend_by_rows`. If `cu_seqlens` is given, layers on the device of
+    this tensor use it. For other devices, RowMask.cu_seqlens makes a new tensor.
     """
     token = _ROWS.set(RowMask(tuple(lengths), None, DeviceTensors(cu_seqlens)))
     try:

@@ -287,9 +287,9 @@ def _rotate(  # noqa: PLR0913 - a kernel takes no tuples
 class RotaryKernel(torch.autograd.Function):
     """Rotates queries and keys like the function `apply_rotary_pos_emb` of Llama, in one pass.
 
-    Queries and keys are [rows, heads, tokens, width], cosines and sines are [rows or 1, tokens, rotated values]. The
-    first values of each head are rotated, the others are copied. The results have the given dtype. They are transposed
-    views of tensors [rows, tokens, heads, width].
+    Queries and keys are [rows, heads, tokens, width]. Cosines and sines are [rows or 1, tokens, rotated values]. The
+    first values of each head are rotated, and the others are copied. The last argument is the dtype of the results. The
+    results are transposed views of tensors [rows, tokens, heads, width].
     """
 
     @staticmethod

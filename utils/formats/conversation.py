@@ -37,10 +37,11 @@ def message_text(message: Message) -> str:
 
 
 def asked_turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Return (mark, text) of the turns that the last reply of a conversation answers. `messages` has this reply.
+    """Return (mark, text) of each turn that the last reply answers. The last item of `messages` is this reply.
 
-    They are the last turn of the user, and the calls and results of tools after it. The marks are QUERY for the user,
-    TOOL for a result, and the role in capitals for any other turn.
+    The first returned turn is the last user turn. Calls and results of tools follow. Without a user turn, only the turn
+    before the reply is returned. The mark is QUERY for the user, TOOL for a result, and the role in capitals for any
+    other turn.
     """
     before = messages[:-1]
     users = [index for index, message in enumerate(before) if message['role'] == 'user']

@@ -129,8 +129,8 @@ def with_answer(query: str, response: str, answer: str) -> ToRow:
 def human_assistant(column: str) -> ToRow:
     """Return a converter for a list of {human, assistant} rounds.
 
-    The last round becomes query and response. The earlier rounds become the history. A row without such a list, or
-    whose last response is empty, is dropped.
+    The last round becomes query and response. The earlier rounds become the history. If the cell cannot be read as a
+    list of rounds, or if the last response is empty, the row is dropped.
     """
 
     def to_row(row: SourceRow) -> PlainRow | None:
@@ -148,8 +148,11 @@ def agent(plugin: str) -> ToRow:
     """Return a converter for the column `conversations`, a list of {from, value} turns.
 
     The first turn is a system text that lists plugins. `plugin` is a regular expression that finds the names of the
-    plugins in the system text. A row is skipped if it lists fewer than two different plugins, or if its other turns do
-    not alternate between user and assistant. A row without such a list, or whose last turn is empty, is dropped.
+    plugins in the system text.
+
+    If the cell cannot be read as a list of turns, or if the last turn is empty, the converter returns None. If the
+    system text names fewer than two different plugins, the converter raises Unwanted. It also raises Unwanted if the
+    other turns are not pairs of a user turn and an assistant turn.
     """
     pattern = re.compile(plugin)
 
@@ -177,7 +180,8 @@ def agent(plugin: str) -> ToRow:
 def two_turns(column: str) -> ToRow:
     """Return a converter for a list of exactly two {content} turns, the query and the response.
 
-    A row with a different number of turns is skipped. A row without such a list, or with an empty turn, is dropped.
+    If the list has more or fewer turns, the converter raises Unwanted. If the cell cannot be read as a list of turns,
+    or if one of the two turns is empty, the converter returns None.
     """
 
     def to_row(row: SourceRow) -> PlainRow | None:
@@ -197,7 +201,8 @@ def two_turns(column: str) -> ToRow:
 def leetcode(row: SourceRow) -> PlainRow | None:
     """Return a row whose query is the programming problem and whose response is the code with its explanation.
 
-    A row that does not contain exactly one block of Python code is skipped. A row without a text is dropped.
+    The column `code_with_problem` has the problem and the code. If it is empty, None is returned. If it does not
+    contain exactly one block of Python code, Unwanted is raised. The column `explanation_only` may be empty.
     """
     problem, mark, code = _text(row, 'code_with_problem').partition('```python')
     if not mark or '```python' in code:
@@ -254,8 +259,8 @@ def classify(task: str, columns: Mapping[str, str], names: Sequence[str]) -> ToR
     """Return a converter whose query asks for the category of a text, and whose response is the category.
 
     `columns` maps each column to its heading in the query. `names` are the names of the categories. The column `label`
-    has the name of the category, or its index in `names`. If the label is -1, it is not published, and the row is
-    skipped. If the label is absent or names no category, the row is dropped.
+    has the name of the category, or its index in `names`. If the label is -1 (not published), the converter raises
+    Unwanted. If the label is absent or is no category, the converter returns None.
     """
 
     def to_row(row: SourceRow) -> PlainRow | None:

@@ -78,7 +78,7 @@ def read_rows(
     with the bytes of the file, after decompression and conversion to UTF-8. `remark` is called with each remark on how
     the file is read.
 
-    Raises ConfigError if the file cannot be read, if it has no rows (rows given to `bad` count), or if its signature
+    Raises ConfigError if the file cannot be read, if it has neither readable nor unreadable rows, or if its signature
     differs from `known` or changes while the file is read. A different signature is found only when the reading ends.
     """
     before = known or signature(path)
@@ -129,9 +129,11 @@ def _check_unchanged(path: Path, before: Signature) -> None:
 
 
 def _spans_lines(line: str, error: Exception, following: str) -> bool:
-    """Return whether `line` is the beginning of a JSON value that goes on in the text `following`.
+    """Return whether the JSON value in `line` continues in `following`, the text after the line.
 
-    `error` is the error of parsing `line`. A line that is cut off is not such a beginning: another row follows it.
+    `error` is the error of parsing `line`. Returns False if `line` is a row that was cut off. A row was cut off if it
+    has a string without a closing quote, or if `following` starts with {, which begins the next row. But after a line
+    that ends with [, the { continues the value.
     """
     if not isinstance(error, json.JSONDecodeError) or error.msg.startswith('Unterminated'):
         return False

@@ -156,7 +156,10 @@ class RowStream:
             )
 
     def _convert(self, row: SourceRow) -> PlainRow | BadRow:
-        """Return the converted row. For a dropped row, returns a BadRow, and for a skipped row, a Filtered."""
+        """Return the converted row. A broken row is dropped: the result is a BadRow.
+
+        A valid row that the entry does not want is skipped: the result is a Filtered, which is also a BadRow.
+        """
         try:
             return self.entry.to_row(row) or BadRow(self.entry.drops)
         except Unwanted:
@@ -225,7 +228,7 @@ def _image_by_path(row: SourceRow, column: str, base: Path) -> PlainRow:
     if image in (None, ''):
         return {**found, column: None}
     if Path(str(image)).is_absolute() or 'img>' in str(image):
-        raise BadRow('an image has an absolute path or contains a tag', column)
+        raise BadRow('the path of an image is absolute or contains an image tag (<img>)', column)
     try:
         return {**found, column: place_image(str(image), str(base))}
     except BadImage as error:

@@ -73,11 +73,11 @@ class HubFiles:
         return [Repo(hub=self.chosen_hub or hub_name, id=self.id, revision=self.revision)]
 
     def key(self, hub_name: HubName) -> tuple[str, ...]:
-        """Return a key of the hub, the id, the revision, and the typed part and split.
+        """Return a key to find a data set that the user named twice. `hub_name` is the value of --hub.
 
-        `hub_name` is the value of --hub. `hub_name` is used if the name has no prefix hf: or ms:. For example, with
-        --hub modelscope, ms:owner/name and owner/name have the same key. But owner/name and owner/name:train have
-        different keys, even if both mean the same split.
+        The key consists of the repository, `part` and `split`. For example, with --hub modelscope, ms:owner/name and
+        owner/name have the same key. But owner/name and owner/name:train have different keys, even if both mean the
+        same split.
         """
         return (str(self.repos(hub_name)[0]), self.part or '', self.split or '')
 
@@ -132,8 +132,8 @@ class HubFiles:
         """Return {subset: {split: file names}} and the name of the default subset.
 
         If the repository states its subsets and splits, for example in README.md, they are returned. Otherwise they are
-        found from the names of files and folders. A subset with the name of the default subset need not exist. Raises
-        ConfigError if the repository has no data file.
+        found from the names of files and folders. The default subset may be absent from the dict. Raises ConfigError if
+        the repository has no data file.
         """
         card = read_card_list(snapshot)
         subsets = {subset: splits for subset, splits in card.subsets.items() if any(splits.values())}

@@ -61,8 +61,8 @@ def _spellings(split: str) -> tuple[str, ...]:
 def _holds(name: str, word: str) -> bool:
     """Return whether a path contains a word, with no letter or digit directly before or after it.
 
-    For example, 'data/common_en_70k.jsonl' contains the words 'common' and 'common-en'. The characters - and _ match
-    each other, and so do all others that are neither English letters nor digits. Case is ignored.
+    Case is ignored. Each sequence of characters other than English letters and digits counts as one hyphen. For
+    example, 'data/common_en_70k.jsonl' contains the words 'common' and 'common-en'.
     """
     return f'-{_plain(word)}-' in f'-{_plain(name)}-'
 

@@ -93,7 +93,7 @@ def _image_path(cell: Mapping[str, Any], column: str) -> str:
     if data is not None or not path:
         raise BadRow('an image has neither bytes nor a path', column)
     if Path(path).is_absolute() or 'img>' in path:
-        raise BadRow('an image has an absolute path or contains a tag', column)
+        raise BadRow('the path of an image is absolute or contains an image tag (<img>)', column)
     return path
 
 

@@ -84,9 +84,10 @@ class JsonParser:
         return self._decoder.raw_decode(text, position)
 
     def row(self, value: Any) -> Any:
-        """Return the row `value`, which was parsed last. The list `self.repeated` is cleared for the next row.
+        """Return the row `value`, the result of the previous call of `parse` or `parse_start`.
 
-        If `self.repeated` has keys and `value` is a dict, the row is returned as a RowWithRepeatedKeys.
+        A dict in which any object has a key twice becomes a RowWithRepeatedKeys. Any other value is returned unchanged.
+        The list `repeated` is cleared for the next row.
         """
         if self.repeated and isinstance(value, dict):
             value = RowWithRepeatedKeys(value, self.repeated)

@@ -38,9 +38,9 @@ def messages_form(row: Row, folder: Path, *, marks_loss: bool, sees_images: bool
     source row are copied, if JSON can represent them and the format of the row stays the same. The paths of images are
     changed so that they are right in `folder`.
 
-    A reply keeps the key `loss` of its row. If `marks_loss` is True, each earlier reply that carries no loss by default
-    gets `"loss": false`. If `sees_images` is False, the model uses no images, and a column with {bytes, path} cells is
-    not copied.
+    The key `loss` of each message is copied. If `marks_loss` is True and `row.loss_scope` is 'last_round', each
+    reply before the last message gets `"loss": false`, unless the reply has the key `loss`. If `sees_images` is False,
+    the model uses no images, and a column with {bytes, path} cells is not copied.
     """
     made = MessagesForm(row={})
     made.not_copied += [name for name in row.unused if not name.startswith((_COLUMN, _KEY))]

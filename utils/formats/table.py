@@ -58,8 +58,8 @@ def _find_separator(location: str, head: Sequence[str], usual: str) -> str:
     """Return the separator of a table, from its header and its first rows.
 
     Returns `usual` if no separator splits the header into several cells. If several separators split the header, the
-    one that gives all rows the same number of cells is returned. Raises UnreadableRow if none or several of them
-    do so, or if the rows fit the header only with another separator.
+    one that gives the header and all rows the same number of cells is returned. Raises UnreadableRow if there is no
+    such separator, or more than one. Raises UnreadableRow also if the rows use a different separator than the header.
     """
     widths = {separator: _widths(head, separator) for separator in _SEPARATORS}
     possible = [separator for separator, found in widths.items() if found[:1] > [1]]

@@ -60,7 +60,7 @@ def _ambiguous(shapes: Sequence[frozenset[str]], columns: Sequence[str], *, of_f
 
 
 def _preference(row: Mapping[str, Any], *, of_function: bool) -> str:
-    """Return the end of the message for a preference row, which has the columns `chosen` and `rejected`."""
+    """Return the end of the error message for a preference row, which has the columns `chosen` and `rejected`."""
     problem = 'These are preference rows, and this toolkit has no preference training. '
     if of_function:
         return f'{problem}To train the chosen replies, return query/response from the function in {_DATASET_PY}.'
@@ -68,7 +68,10 @@ def _preference(row: Mapping[str, Any], *, of_function: bool) -> str:
 
 
 def _chosen_as(row: Mapping[str, Any]) -> str:
-    """Return the words of --columns with which the chosen replies of a preference row are read."""
+    """Return the value of --columns for training the chosen replies of preference rows like `row`.
+
+    For example, if `question`, `chosen` and `rejected` hold text, the value is 'question=query,chosen=response'.
+    """
     chosen = row['chosen']
     asked = next((column for column in _ASKED if column in row), None)
     if isinstance(chosen, list):
@@ -93,7 +96,11 @@ def _key_of_rows(row: Mapping[str, Any]) -> str | None:
 
 
 def _wrapped(key: str, file: str, *, of_function: bool) -> str:
-    """Return the end of the message for an object that has the rows in its key `key`."""
+    """Return the end of the error message for an object like {key: [row, row]}, with a remedy.
+
+    `of_function` says whether a function in utils/dataset.py returned the object. Otherwise, it is in the data file
+    `file`.
+    """
     problem = f'The rows are in the key {key} of this object. '
     if of_function:
         return f'{problem}Return them from the function in {_DATASET_PY}.'

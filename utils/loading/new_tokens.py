@@ -72,7 +72,9 @@ def read_tokens(path: Path) -> list[str]:
 def add_to_tokenizer(tokenizer: Any, tokens: Sequence[str]) -> NewTokens:
     """Add tokens to a tokenizer, and return their ids and pieces.
 
-    The tokens are found everywhere in a text, also inside words, and they stay visible when ids are decoded. Raises
+    The pieces of a new token are the tokens into which the tokenizer cut its text before the token was added.
+
+    The new tokens are found everywhere in a text, also inside words. They stay visible when ids are decoded. Raises
     ConfigError, with one problem for each bad token. A token is bad if it is in the tokenizer already, or if it
     contains a special token.
     """

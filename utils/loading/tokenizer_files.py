@@ -23,10 +23,12 @@ CODE_KEYS = ('auto_map', 'custom_generate')
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer to a folder: copies of the files from which it was opened, with its chat template.
+    """Write a tokenizer to a folder, as copies of the files from which it was opened or as new files.
 
-    The copies are byte for byte, except for the chat template and for keys that name code, which are left out. New
-    files are written instead if there are no such files, if these files lack a token of the tokenizer, or if
+    The files are copied byte for byte, with two exceptions. The chat template is the one that the tokenizer has now.
+    Keys that name code (CODE_KEYS) are left out.
+
+    New files are written if there is nothing to copy, if a token of the tokenizer is missing in the old files, or if
     tokenizer_config.json does not name the class of the tokenizer.
     """
     source = Path(tokenizer.name_or_path)

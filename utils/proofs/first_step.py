@@ -373,7 +373,7 @@ class FirstStepGate(TrainerCallback):
 
 
 def joins_more() -> bool:
-    """Return whether micro-batches may be joined to a batch with more tokens than the heaviest one: only on CUDA."""
+    """Return whether joined micro-batches may have more tokens than the heaviest single one. True only on CUDA."""
     return device.kind() == 'cuda'
 
 

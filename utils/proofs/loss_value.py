@@ -156,14 +156,14 @@ class LossProof(TrainerCallback):
 
 
 def allowed_share(dtype: str, tokens: int) -> float:
-    """Return by which fraction of the loss, a mean over `tokens` tokens, rounding in `dtype` may change it."""
+    """Return how much rounding in `dtype` may change a mean loss over `tokens` tokens, as a fraction of the loss."""
     if dtype == 'fp32':
         return _EXACT
     return max(_LEAST, _ROUNDED * min(1.0, math.sqrt(_FEW / tokens)))
 
 
 def _comparison(found: float, wanted: float) -> str:
-    """Return 'equals', or by how much two losses differ if they are printed with different digits."""
+    """Return 'equals' if two losses round to the same 6 digits. Otherwise, return e.g. 'differs by 0.022 from'."""
     if f'{found:.6g}' == f'{wanted:.6g}':
         return 'equals'
     return f'differs by {abs(found - wanted):.2g} from'

@@ -51,9 +51,11 @@ class Difference:
 def verify(trainer: SftTrainer, args: SftArguments, run: Run, *, steps: int) -> int:
     """Repeat about `steps` steps of the run in --from_run, print the result, and return the exit code.
 
-    The last repeated step has a log line: the last one within `steps` steps, or else the first one of the run. The exit
-    code is 0 if all is equal and 1 if a value differs. Raises ConfigError if the run has no log lines, and Stopped if a
-    signal ends the repetition.
+    The repetition ends at the last step with a log line among the first `steps` steps. If none of these steps has a log
+    line, it ends at the first later step with a log line.
+
+    The exit code is 0 if all values are equal, and 1 if a value differs. Raises ConfigError if the run has no log
+    lines, and Stopped if a signal ends the repetition.
     """
     repeated = Path(str(args.from_run))
     repetition = Repetition(trainer, repeated, steps)
@@ -160,7 +162,7 @@ class Repetition(TrainerCallback):
         control.should_save = False
 
     def result(self) -> Difference | None:
-        """Return the first difference, or None if all is equal."""
+        """Return the first difference, or None if all values are equal."""
         absent = [key for key in self.lines if key not in self.seen]
         if self.difference is None and absent:
             step, is_evaluation = min(absent)
@@ -169,9 +171,10 @@ class Repetition(TrainerCallback):
         return self.difference
 
     def told_equal(self, causes: Sequence[str]) -> list[str]:
-        """Return the lines to print if all is equal.
+        """Return the lines to print if all values of the two runs are equal.
 
-        `causes` are the flags, versions and machine properties that differ between the two runs.
+        `causes` has a line for each flag, version and machine property that differs between the runs. The returned
+        lines say that these differences had no effect.
         """
         evaluations = sum(is_evaluation for _, is_evaluation in self.lines)
         found = [
@@ -183,9 +186,10 @@ class Repetition(TrainerCallback):
         return lines + [f'this differs and has no effect: {cause}' for cause in causes]
 
     def told(self, difference: Difference, causes: Sequence[str]) -> list[str]:
-        """Return the lines to print if a value differs.
+        """Return the lines to print if a value of the two runs differs.
 
-        `causes` are the flags, versions and machine properties that differ between the two runs.
+        `causes` has a line for each flag, version and machine property that differs between the runs. The returned
+        lines name these differences as likely causes.
         """
         equal = max((step for step, _ in self.seen if step < difference.step), default=None)
         before = 'it is the first log line' if equal is None else f'all is equal up to step {equal}'

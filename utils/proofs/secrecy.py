@@ -58,7 +58,10 @@ def home_paths(folder: Path, home: Path, typed: Iterable[str]) -> Iterator[str]:
 
 
 def _allowed_paths(typed: Iterable[str]) -> re.Pattern[bytes]:
-    """Return a pattern that matches the beginning of each path that was typed. ~ stands for the home folder."""
+    """Return a pattern whose `match` accepts the typed paths, and all paths in typed folders.
+
+    A typed path can begin with ~ for the home folder, and can have the wildcards *, ** and ?.
+    """
     patterns = [b'(?!)']  # without typed paths, nothing matches
     for word in typed:
         path = re.escape(os.fsencode(Path(word).expanduser()))

@@ -490,8 +490,9 @@ def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, fir
 def check_trained_template(encoder: Encoder, trained: Trained, *, typed: Collection[str]) -> None:
     """Raise ConfigError if the content of the template has changed since the training.
 
-    `typed` has the names of all typed flags. If the user typed a template or settings of a template, a warning is
-    logged instead. In all other cases, a template with another name than in training is not checked.
+    `typed` has the names of all typed flags. A warning is logged instead of the error if --chat_template,
+    --template_settings or the --template_type of the training was typed. If only a different --template_type was typed,
+    nothing is checked.
     """
     checkpoint = trained.checkpoint
     then = trained.record.template_sha256

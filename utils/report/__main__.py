@@ -54,7 +54,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _page_of(run: Path, other: Path) -> Path:
-    """Return the default page of a comparison: in the folder of the run, or beside the first file of answers."""
+    """Return the default path of the page with a comparison: compare_<run>_<other>.html in the folder `run`.
+
+    If `run` is a file of answers, the path is in the folder of this file.
+    """
     names = [path.stem if path.is_file() else path.absolute().name for path in (run, other)]
     return (run.parent if run.is_file() else run) / f'compare_{"_".join(names)}.html'
 

@@ -134,7 +134,7 @@ def removed_at_end(folder: Path, *, removes: bool) -> Iterator[None]:
 def in_progress(folder: Path) -> Iterator[None]:
     """A context in which other commands see that the run in this folder is being trained.
 
-    The main process holds the lock on the folder. So the mark ends with the process, however it ends.
+    The main process holds a lock on the folder. If the process dies, the system releases the lock.
     """
     with held_folder(folder) if dist.is_main() else contextlib.nullcontext():
         yield

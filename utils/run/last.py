@@ -85,7 +85,7 @@ def resume_last(done: Ready[SftArguments], weights: Weights, data: Mapping[str, 
     done.decide('resume_from_checkpoint', found.checkpoint, reason)
     logger.info(done.decisions[-1])
     if found.checkpoint is not None and args.adapter is not None:
-        done.decide('adapter', None, 'the run of the checkpoint started from it')
+        done.decide('adapter', None, 'the run continues with the adapter in the checkpoint')
         logger.info(done.decisions[-1])
 
     if found.checkpoint is not None:

@@ -43,10 +43,11 @@ _GIVE_ADAPTER = 'Give the checkpoint of a LoRA run: output/<model>/vN-<time>/che
 def fill_from_adapter(parsed: Parsed[SftArguments], decisions: list[str], warnings: list[str]) -> Parsed[SftArguments]:
     """Set the flags that the adapter of --adapter decides, unless they were typed. Returns the command line.
 
-    Adds a line to `decisions` for the values that change. If the adapter cannot be used, or a typed flag such as
-    --lora_rank does not fit it, adds a problem to `parsed.problems`. If --system or a typed --template_type or
-    --freeze_vision differs from the run of the adapter, adds a line to `warnings`. If the adapter has no record of its
-    run, adds a line too.
+    Adds a line to `decisions` for each value that changes. If the adapter cannot be used, or if a typed flag such as
+    --lora_rank does not fit it, adds a problem to `parsed.problems`.
+
+    Adds a line to `warnings` for each of --system, --template_type and --freeze_vision that differs from the run of the
+    adapter. The last two can differ only if they were typed. If the adapter has no record of its run, a line says so.
 
     A command without --adapter may resume a run that began with --adapter. In this case, the flags of the command are
     set from the resumed checkpoint. Any other command without --adapter is returned unchanged.

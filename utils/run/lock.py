@@ -220,10 +220,13 @@ def steps_to_verify(parsed: Parsed[SftArguments]) -> int:
 
 
 def _with_kept_files(command: Sequence[str], run_dir: Path, parsed: Parsed[SftArguments]) -> list[str]:
-    """Return the command of a run. --chat_template and --new_tokens name the copies in its run folder, if it has them.
+    """Return `command` with --chat_template and --new_tokens set to the copies in `run_dir`, if the copies exist.
 
-    The original files may have been moved or changed. The template in the run folder includes --template_settings. If a
-    --template_type other than auto is typed now, the flags that choose the template are removed from the command.
+    `command` is the command of the run in --from_run, and `run_dir` is its folder. The original files may have been
+    moved or changed since that run. The copy of the template includes --template_settings.
+
+    `parsed` is the command line typed now. If it has a --template_type other than auto, the flags that choose the
+    template are removed from `command`.
     """
     earlier = parse(SftArguments, command, program='llm_sft.py', about='')
     kept = list(command)

@@ -100,12 +100,11 @@ def plan_of(args: CommonArguments, train_sample: int, *, bad: OnBad = refuse) ->
 def streams_lock(sources: Streams, count: int) -> dict[str, dict[str, Any]]:
     """Return the entry `data` of lock.json for a streamed run.
 
-    For example, {'a.jsonl': {'rows': 100, 'sha256': 'e3b0...'}}. The first max(1, `count`) rows of each data set of
-    --dataset are read, or of its validation split. Rows that cannot be read do not count. `rows` is the number of rows
-    that were read. `sha256` is a hash of these rows. If --dataset gives the data set a share (name%0.3), the hash
-    covers the share too.
+    For example, {'a.jsonl': {'rows': 100, 'sha256': 'e3b0...'}}. `rows` is the number of rows that were read, and
+    `sha256` is a hash of these rows. If --dataset gives the data set a share (name%0.3), the hash covers the share too.
 
-    The data sets of --val_dataset are not streamed, and their entries cover all their rows.
+    From a data set of --dataset, the first max(1, `count`) usable rows are read. Without --val_dataset, they are read
+    from the validation split if the data set has one. From a data set of --val_dataset, all rows are read.
     """
     found: dict[str, dict[str, Any]] = sources.val.lock() if sources.val else {}
     for parts, share in itertools.zip_longest(sources.sources, sources.shares):
@@ -229,8 +228,8 @@ def _rows_of_sets(done: Ready[InferArguments], trained: Trained | None, words: S
 def _kept_rows(run_dir: Path, words: Sequence[str], reading: Reading, hub: HubName) -> list[Row] | None:
     """Return the rows that held_out.json names.
 
-    Returns None if the run has no held_out.json (older versions did not write it), or if the data files alone do not
-    give these rows: `read_held_out` says when.
+    Returns None if the run has no held_out.json (older versions did not write it). Also returns None if `read_held_out`
+    does, for example because a data file has changed.
     """
     file = run_dir / HELD_OUT_JSON
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Compares the answer of a server to one row with the answer that a model on this machine gives."""
+"""Compares two answers to one row: the answer of a server, and the answer of a model on this machine."""
 
 from __future__ import annotations
 
@@ -192,10 +192,14 @@ def check_row(asked: Asked, answer: Expected, base_answer: Expected | None, *, r
 def agree(question: Question, reply: Reply, expected: Expected, *, rounding: float) -> Agreement | None:
     """Compare `reply`, the answer of the server, with `expected`, the answer of a model. Returns the agreement.
 
-    White space at the ends of an answer is not counted as a difference if the server or the decoding removed it. If the
-    server removed the reasoning from its answer, the reasoning and the rest are looked for in the model's answer.
-    Returns None if the server removed tool calls from its answer. `rounding` is the largest difference of two log
-    probabilities that still counts as rounding.
+    White space at the ends of an answer is not counted as a difference if the server or the decoding removed it.
+
+    Some servers send the reasoning separately from the text of the answer. For such a reply, the answers are equal if
+    the model's answer contains the reasoning and ends with the text.
+
+    Returns None if the server removed tool calls from its answer.
+
+    `rounding` is the largest difference of two log probabilities that still counts as rounding.
     """
     if reply.has_calls:
         return None

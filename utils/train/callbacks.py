@@ -72,7 +72,7 @@ class StepIntervals(TrainerCallback):
         recorded.
         """
         flags = self.flags
-        steps = f'of {counts.steps} steps'
+        steps = counts.steps
         self.run.warnings += counts.warnings
         if dist.is_main():
             for line in counts.warnings:
@@ -80,13 +80,15 @@ class StepIntervals(TrainerCallback):
 
         if schedule_is_ours and flags.lr_scheduler_type != 'constant':
             if flags.warmup_steps is None:
-                self.run.decide('warmup_steps', counts.warmup, f'--warmup_ratio is {flags.warmup_ratio} {steps}')
+                self.run.decide(
+                    'warmup_steps', counts.warmup, f'--warmup_ratio is {flags.warmup_ratio} of {steps} steps'
+                )
             elif flags.warmup_steps != counts.warmup:
-                self.run.decide('warmup_steps', counts.warmup, f'at most half {steps} are warm-up')
+                self.run.decide('warmup_steps', counts.warmup, f'at most half of {steps} steps are warm-up')
         if counts.evaluation and flags.eval_steps < 1:
-            self.run.decide('eval_steps', counts.evaluation, f'--eval_steps is {flags.eval_steps} {steps}')
+            self.run.decide('eval_steps', counts.evaluation, f'--eval_steps is {flags.eval_steps} of {steps} steps')
         if flags.save_steps is not None and flags.save_steps < 1:
-            self.run.decide('save_steps', counts.saving, f'--save_steps is {flags.save_steps} {steps}')
+            self.run.decide('save_steps', counts.saving, f'--save_steps is {flags.save_steps} of {steps} steps')
 
 
 class EpochOrder(TrainerCallback):

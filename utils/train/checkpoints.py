@@ -303,8 +303,11 @@ class Checkpoints:
     def load_optimizer(self, checkpoint: Path) -> None:
         """Restore the states of optimizer, schedule and loss scale, except those that DeepSpeed has restored itself.
 
-        Without DeepSpeed, learning rate, weight decay, betas and epsilon come from the flags of the resumed run, not
-        from the checkpoint. Also restores the timetable of --max_minutes, and the size of joined micro-batches.
+        Without DeepSpeed, learning rate, weight decay, betas and epsilon come from the flags of this run, not from the
+        checkpoint.
+
+        Also restores the timetable of --max_minutes. If the kind of device has not changed, also restores
+        `trainer.capacity`, the number of tokens up to which the micro-batches of a step are joined into larger ones.
         """
         trainer = self.trainer
         tree = load_tree(checkpoint / OPTIMIZER_STATE)

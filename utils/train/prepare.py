@@ -72,13 +72,13 @@ def find_targets(
     if refused := [name for name in [*modules, *matched_without[0]] if last_name(name) in taken]:
         raise ConfigError(
             f'--lora_target_modules {", ".join(refused)}: PEFT cannot put LoRA on these linear layers of '
-            f'{type(model).__name__}. With these names, PEFT would put LoRA on the stacked experts instead. Remove '
-            f'these names, or train the stacked experts with --lora_target_modules {",".join(sorted(experts))}.'
+            f'{type(model).__name__}, because it takes their names for names of the stacked experts. Remove these '
+            f'names, or train the stacked experts with --lora_target_modules {",".join(sorted(experts))}.'
         )
     if taken and (several := [word for word in wanted if word in ALL or word.startswith(PATTERN)]):
         logger.info(
-            f'--lora_target_modules {several[0]} puts no LoRA on the linear layers {", ".join(sorted(taken))}. With '
-            'these names, PEFT would put LoRA on the stacked experts instead.'
+            f'--lora_target_modules {several[0]} puts no LoRA on the linear layers {", ".join(sorted(taken))}, '
+            'because PEFT takes their names for names of the stacked experts.'
         )
     return modules, list(parameters)
 
@@ -278,7 +278,8 @@ def _say_how_experts_are_served(parameters: Sequence[str]) -> None:
 def _find_places(model: PreTrainedModel, args: SftArguments, frozen: Sequence[str], decide: Decide) -> _Places:
     """Return the modules and parameters that the adapter changes.
 
-    If the words of a flag are not yet the names of the layers, e.g. all-linear, `decide` is called with the names.
+    If --lora_target_modules or --lora_modules_to_save does not give the exact names of the layers, `decide` is called
+    with the exact names. For example, all-linear becomes q_proj, k_proj and so on.
 
     Raises ConfigError if there is no layer for LoRA, or if a word of --lora_target_modules or --lora_modules_to_save
     cannot be used. Also raises ConfigError if another flag does not work with LoRA on expert parameters.
@@ -293,14 +294,14 @@ def _find_places(model: PreTrainedModel, args: SftArguments, frozen: Sequence[st
         raise ConfigError(f'--sft_type lora: {class_name} has no layer for LoRA. Use --sft_type full.')
     if set(targets) != set(wanted):
         typed = ' '.join(wanted)
-        decide('lora_target_modules', targets, f'these are the layers of {class_name} that {typed} names')
+        decide('lora_target_modules', targets, f'{typed} is replaced by layer names of {class_name}')
     if parameters:
         _check_experts(args, parameters[0])
 
     adapted = named_by(modules, linear_layers(model, frozen))
     saved = find_saved(model, args.lora_modules_to_save or [], adapted=adapted, frozen=frozen)
     if saved and set(saved) != set(args.lora_modules_to_save or []):
-        decide('lora_modules_to_save', saved, f'these are the layers of {class_name} with these names')
+        decide('lora_modules_to_save', saved, f'--lora_modules_to_save is replaced by layer paths of {class_name}')
     copied, ties = with_tied(model, saved)
     return _Places(modules=modules, parameters=parameters, adapted=adapted, saved=saved, copied=copied, ties=ties)
 

@@ -24,9 +24,9 @@ class RowLosses(TrainerCallback):
 
     With a new LoRA adapter, the losses before training are computed at the end, with the adapter switched off.
 
-    With --sft_type full, and with LoRA that starts from the adapter of --adapter (`from_adapter`), the losses before
-    training are computed before the first step, with this adapter. A resumed run reads them from the folder of the run
-    that wrote the checkpoint.
+    With --sft_type full or with --adapter (`from_adapter`), the losses before training are computed before the first
+    step. The adapter of --adapter is switched on. In both cases, a resumed run does not compute these losses. It reads
+    them from the folder of the run that wrote the checkpoint.
 
     The losses after training are those of the last evaluation, so they are not computed again.
     """

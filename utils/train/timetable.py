@@ -24,12 +24,13 @@ class Segment:
     - `steps`: the number of steps of the schedule.
     - `first`: how many steps of the run are complete when the segment begins.
     - `position`: the step of the schedule at which the segment begins. It can be fractional.
-    - `last`: how many steps of the run are complete just before the last step of the run.
-    - `end`: the number of the last step of the run.
+    - `last`: how many steps of the run are complete when the last step of the run begins.
+    - `end`: the number of the last step of the run, counted from 1.
 
     The last step of the run has the learning rate of the last step of the schedule.
 
-    With fp16, `end` also counts the steps that the optimizer skips. `first` and `last` do not count them.
+    `last` is `end` - 1 if the optimizer has skipped no steps. With fp16, the optimizer can skip steps. `end` counts the
+    skipped steps, but `first` and `last` do not.
     """
 
     steps: int
@@ -109,7 +110,10 @@ class Timetable:
         return segment.at(count)
 
     def _use(self) -> None:
-        """Make the schedule follow the segments, and set the learning rate of the next step."""
+        """Apply the segments to the learning-rate schedule, and set the learning rate of the next step.
+
+        After n optimizer steps, the schedule then has the learning rate at the position `self._position(n)`.
+        """
         schedule = self._schedule
         assert schedule is not None and self._make is not None, 'training has begun'
         functions: list[Any] = self._make(self.segments[0].steps).lr_lambdas

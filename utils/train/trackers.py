@@ -156,8 +156,8 @@ def private_environment(name: str, clean: Clean) -> Iterator[None]:
     In sys.argv, tokens, the home folder and user names in paths are replaced. The environment variables that name the
     user get the value `user`. Variables that ask the tracker for uploads are removed.
 
-    The project is named by one variable of the tracker, and other variables that name a project are removed. All other
-    variables that the user set for the tracker are not changed.
+    The first variable in `Tracker.project` is set to the name of the project (see `project_of`), and the others are
+    removed. All other variables that the user set for the tracker are not changed.
     """
     tracker = TRACKERS[name]
     changes: dict[str, str | None] = dict.fromkeys((*tracker.uploads, *tracker.project))

@@ -192,7 +192,8 @@ class SftTrainer(Seq2SeqTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the sampler of rows. With --group_by_length the sampler sorts the rows within each step by length.
 
-        With --group_by_length, `order` is set to the sampler, and `capacity` is set if micro-batches can be joined.
+        With --group_by_length, the sampler is also stored in `self.order`. If the micro-batches of a step can be joined
+        into larger ones, `self.capacity` is set to the maximum number of tokens of a joined micro-batch.
         """
         order = super()._get_train_sampler(train_dataset)
         if not self.groups_by_length or not isinstance(order, RandomSampler):
@@ -414,7 +415,7 @@ class SftTrainer(Seq2SeqTrainer):
     def sums_by_row(self, rows: EncodedRows) -> Any:
         """Return (N, 3) for N rows: summed loss, hits (correctly predicted tokens) and trained tokens of each row.
 
-        Raises EvaluationCutError if a stop signal arrives before the last step of the run is complete.
+        Raises EvaluationCutError if a stop signal arrives before the training step `state.max_steps` is complete.
         """
         self.gather_function = self.accelerator.gather_for_metrics
         loader = self.get_eval_dataloader(rows)

@@ -168,7 +168,10 @@ def _weight(name: str, packed: torch.Tensor, quant_state: Any) -> Nf4Weight:
 
 
 def native_config(original: Config, *, unquantised: Family) -> dict[str, Any]:
-    """Return the arguments of the native configuration. They are the same as for the unquantised model."""
+    """Return the arguments of the native configuration class. They are the same as for the unquantised model.
+
+    A native class is a class of transformers or of this project.
+    """
     return unquantised.config(_unquantised_config(original))
 
 
