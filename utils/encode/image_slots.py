@@ -33,10 +33,11 @@ def open_images_of(row: Row, images: Images | None, *, stand_in: str) -> tuple[R
     Only tags in user turns are replaced. A row is untagged if it has images in a column of {bytes, path}, but no image
     tag in a user turn. The images of an untagged row are put before the text of the first user turn.
 
-    If images are not supported for the model, `images` is None. In this case, a row that is untagged or has no
-    `row.images` is returned unchanged, with an empty list. RowRefused is raised for any other row.
+    Raises RowRefused if an image cannot be used, or if the empty tags (<img></img>) and the images without a tag of
+    their own differ in number.
 
-    RowRefused is also raised if an image cannot be used, or if the images of the row do not fit its empty tags.
+    If images are not supported for the model, `images` is None. Then a row is returned unchanged, with an empty list.
+    But a row with `row.images` that is not untagged raises RowRefused.
     """
     if images is None:
         if row.images and not is_untagged(row):

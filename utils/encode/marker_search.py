@@ -29,7 +29,7 @@ _Rendering = Callable[[Sequence[tuple[TextPath, str]]], tuple[str, ...] | None]
 
 
 class Again(Protocol):
-    """Encodes a row once more with changed data."""
+    """Encodes a row again, with other texts in its columns."""
 
     @property
     def printed(self) -> str:

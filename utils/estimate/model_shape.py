@@ -212,10 +212,10 @@ def measure(model: PreTrainedModel) -> Shape:
 
 
 def _layers(model: PreTrainedModel, towers: list[Any], heads: int, kv_heads: int) -> tuple[Sizes, int]:
-    """Return {path: {(in, out): layer indices}} of the linear layers, and the number of values that norms normalise.
+    """Return {path: {(in, out): layer indices}} of the linear layers, and the number of norm values.
 
-    A path has # in place of the layer index, e.g. 'layers.#.q_proj'. The values are those of all norms for one token.
-    The head and the vision tower are not included.
+    The number of norm values is how many values all norms together compute for one token.
+    A path has # in place of the layer index, e.g. 'layers.#.q_proj'. The head and the vision tower are not included.
     """
     import torch
     from transformers.pytorch_utils import Conv1D

@@ -112,7 +112,8 @@ class Timetable:
     def _use(self) -> None:
         """Apply the segments to the learning-rate schedule, and set the learning rate of the next step.
 
-        After n optimizer steps, the schedule then has the learning rate at the position `self._position(n)`.
+        From now on, the learning rate after n optimizer steps is the one that the original schedule has after
+        `self._position(n)` steps.
         """
         schedule = self._schedule
         assert schedule is not None and self._make is not None, 'training has begun'
