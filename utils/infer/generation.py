@@ -67,7 +67,8 @@ def served_config(
     whose value in `args` is not the default. `typed` has the names of the typed flags.
 
     Sampling is switched on if one of --temperature, --top_k and --top_p replaces a setting, unless --do_sample was
-    typed or is not the default. If sampling is off, these three settings are None. If the base model limits no length, max_new_tokens is set.
+    typed or is not the default. If sampling is off, these three settings are None. If the base model limits no length,
+    max_new_tokens is set.
     """
     served = copy.deepcopy(base)
     served.eos_token_id = config.eos_token_id
