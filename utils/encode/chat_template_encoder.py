@@ -226,7 +226,7 @@ class AutoEncoder(Encoder):
         return found, are_all_printed
 
     def _unguarded_span(self, row: RenderedRow, earlier: _Earlier) -> tuple[int, int]:
-        """Return the span that an earlier reply has in the prompt after stand-ins are replaced by control tokens."""
+        """Return the span of an earlier reply in the prompt without stand-ins (see guarded_tokenizer.py)."""
         if not row.guarded:
             return earlier.start, earlier.end
         return len(self.text.unguard(row.prompt[: earlier.start])), len(self.text.unguard(row.prompt[: earlier.end]))

@@ -65,9 +65,9 @@ _MARKED = 'assay_marked'
 
 
 def _mark(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Return half of a character, which UTF-8 cannot contain, instead of an invalid character, and where to read on.
+    """Return a replacement for an invalid character, and the position after it. UTF-8 cannot contain the replacement.
 
-    UTF-32 can contain numbers beyond Unicode.
+    An invalid character is a number beyond Unicode, which UTF-32 can contain.
     """
     try:
         return codecs.lookup_error('surrogatepass')(error)

@@ -163,10 +163,10 @@ def choose_layers(
 ) -> tuple[list[str], list[str]]:
     """Return two lists: the targets for PEFT that `wanted` selects, and the words of `wanted` that select no layer.
 
-    `wanted` are values of --lora_target_modules, and `paths` the paths of the model's linear layers. A target is the
-    path of one layer, or the end of a path, which selects all layers with this end. `taken` has the layer names that
-    `taken_for_experts` returns. Patterns and all-linear never select layers with these names. If a pattern matches only
-    such layers, the pattern is in the second list.
+    `wanted` are values of --lora_target_modules: layer names, `all-linear`, or patterns such as 're:.*_proj'. `paths`
+    are the paths of the model's linear layers. A target is the path of one layer, or the end of a path, which selects
+    all layers with this end. `taken` has the layer names that `taken_for_experts` returns. Only a layer name can select
+    layers with these names.
     """
     names = Counter(map(last_name, paths))
     chosen: list[str] = []

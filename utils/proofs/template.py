@@ -490,9 +490,9 @@ def _sentence(name: str, has_own: bool, counts: Counter[Verdict], rows: int, fir
 def check_trained_template(encoder: Encoder, trained: Trained, *, typed: Collection[str]) -> None:
     """Raise ConfigError if the content of the template has changed since the training.
 
-    `typed` has the names of all typed flags. A warning is logged instead of the error if --chat_template,
-    --template_settings or the --template_type of the training was typed. If only a different --template_type was typed,
-    nothing is checked.
+    `typed` has the names of all typed flags. If --chat_template or --template_settings was typed, a warning is logged
+    instead of the error. If --template_type was typed with the value of the training, a warning is logged too. If only
+    --template_type was typed, with another value, nothing is checked.
     """
     checkpoint = trained.checkpoint
     then = trained.record.template_sha256
