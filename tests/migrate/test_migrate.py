@@ -532,6 +532,22 @@ def test_a_recipe_without_eval_keys_gets_the_defaults_of_its_toolkit(migrate, wr
     assert shown.section('Not in the recipe')['(eval_strategy)'] == '--eval_steps 0.5'
 
 
+def test_an_epoch_is_no_share_of_a_run_with_max_steps(migrate, write) -> None:
+    start = 'model_name_or_path: owner/Model\ndo_train: true\ndataset: lima\nval_size: 0.1\nmax_steps: 40\n'
+    shown = migrate(write(f'{start}eval_strategy: epoch\nsave_strategy: epoch\n'))
+    assert not {'eval_steps', 'save_steps'} & shown.flags().keys()
+    different = shown.section('Different')
+    assert different['eval_strategy'].endswith('give --eval_steps a number of steps')
+    assert different['save_strategy'].endswith('give --save_steps a number of steps')
+
+    start = (
+        'base_model: owner/Model\ndatasets:\n  - path: a.jsonl\n    type: alpaca\nval_set_size: 0.1\nmax_steps: 40\n'
+    )
+    shown = migrate(write(f'{start}evals_per_epoch: 4\nsave_steps: 10\n', 'a.yml'))
+    assert 'eval_steps' not in shown.flags() and shown.flags()['save_steps'] == ['10']
+    assert shown.section('Different')['evals_per_epoch'].endswith('give --eval_steps a number of steps')
+
+
 def test_switched_off_keys_have_no_other_meaning(migrate, write) -> None:
     """YAML reads an unquoted `no` as false."""
     start = 'model_name_or_path: owner/Model\ndo_train: true\ndataset: lima\nval_size: 0.1\nresize_vocab: false\n'

@@ -24,8 +24,8 @@ from utils.migrate.trainer_keys import (
     optimizer,
     precision,
     resume,
-    run_share,
     torch_dtype,
+    use_share,
 )
 from utils.migrate.translation import (
     Rule,
@@ -399,7 +399,8 @@ def _steps(t: Translation, *, evaluates: bool) -> None:
 
     A recipe gives numbers of steps (eval_steps, save_steps) or numbers per epoch (evals_per_epoch, saves_per_epoch).
     Without such a number, both flags are set to one epoch. `evaluates` says whether the command has validation rows.
-    Without them, --eval_steps is not set. If a strategy is `no`, its flag is not set, and a note is added.
+    Without them, --eval_steps is not set. If a strategy is `no`, its flag is not set, and a note is added. Numbers per
+    epoch need the number of steps of an epoch, so with max_steps a note is added instead.
     """
     epochs = to_number(t.get('num_epochs')) or 1
     for what, often, flag in (('eval', 'evals_per_epoch', 'eval_steps'), ('save', 'saves_per_epoch', 'save_steps')):
@@ -411,11 +412,11 @@ def _steps(t: Translation, *, evaluates: bool) -> None:
         if is_off(strategy):
             t.note('different', f'{what}_strategy', 'checkpoints are always written, and validation rows evaluated')
         elif is_on(t.get(often)):
-            t.use(often, flag, run_share((to_number(t.get(often)) or 1) * epochs))
+            use_share(t, often, flag, (to_number(t.get(often)) or 1) * epochs)
         elif is_on(t.get(flag)):
             t.use(flag, flag, t.get(flag))
         else:
-            t.use(f'({what}_strategy)', flag, run_share(epochs), kind='default')
+            use_share(t, f'({what}_strategy)', flag, epochs, kind='default')
 
 
 def _entries(t: Translation, key: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.migrate.translation import (
+    Kind,
     Rule,
     Translation,
     is_off,
@@ -292,7 +293,8 @@ def set_steps(t: Translation, *, evaluates: bool, eval_strategy: str, eval_steps
     """Set --eval_steps and --save_steps from eval_strategy, eval_steps, save_strategy and save_steps of the recipe.
 
     With the strategy `steps`, a flag is set to the value of eval_steps or save_steps. The default of save_steps is
-    `save_default`. With the strategy `epoch`, a flag is set to the share of the run that one epoch takes.
+    `save_default`. With the strategy `epoch`, a flag is set to the share of the run that one epoch takes. If the recipe
+    sets max_steps, this share is not known, and a note says so.
 
     The toolkits differ in two defaults: `eval_strategy` is the strategy of a recipe without eval_strategy, and
     `eval_steps` is the key whose value a recipe without eval_steps uses. If the recipe lacks this key too, the value is
@@ -308,33 +310,37 @@ def set_steps(t: Translation, *, evaluates: bool, eval_strategy: str, eval_steps
     epochs = to_number(t.get('num_train_epochs')) or 3
     key = 'eval_strategy' if t.get('eval_strategy') is not None else 'evaluation_strategy'
     is_given = t.get(key) is not None
+    named = key if is_given else '(eval_strategy)'
     strategy = str(t.get(key, eval_strategy if evaluates else 'no')).lower()
     saved = str(t.get('save_strategy', 'steps')).lower()
 
     if evaluates and strategy == 'epoch':
-        t.use(
-            key if is_given else '(eval_strategy)',
-            'eval_steps',
-            run_share(epochs),
-            kind='used' if is_given else 'default',
-        )
+        use_share(t, named, 'eval_steps', epochs, kind='used' if is_given else 'default')
     elif evaluates and strategy == 'steps':
         _use_steps(t, 'eval_steps', t.get(eval_steps, save_default))
     elif evaluates:
-        t.note(
-            'different',
-            key if is_given else '(eval_strategy)',
-            'validation rows are always evaluated here; --eval_steps says how often',
-        )
+        t.note('different', named, 'validation rows are always evaluated here; --eval_steps says how often')
     elif is_on(t.get('eval_steps')):
         t.note('without effect', 'eval_steps', 'there are no validation rows')
 
     if saved == 'epoch':
-        t.use('save_strategy', 'save_steps', run_share(epochs))
+        use_share(t, 'save_strategy', 'save_steps', epochs)
     else:
         _use_steps(t, 'save_steps', save_default)
     if is_off(saved):
         t.note('different', 'save_strategy', 'checkpoints are always written here')
+
+
+def use_share(t: Translation, key: str, flag: str, times: float, *, kind: Kind = 'used') -> None:
+    """Set --eval_steps or --save_steps for `times` evaluations or checkpoints in all epochs of the recipe.
+
+    If the recipe sets max_steps, the number of steps of its epochs is not known. Then the flag is not set, and a note
+    says so.
+    """
+    if (to_number(t.get('max_steps')) or 0) > 0:
+        t.note('different', key, f'how many steps an epoch has is not known here; give --{flag} a number of steps')
+    else:
+        t.use(key, flag, run_share(times), kind=kind)
 
 
 def _use_steps(t: Translation, flag: str, default: Any) -> None:
