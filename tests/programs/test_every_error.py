@@ -468,6 +468,9 @@ PROGRAMS: dict[str, Row] = {
     'an adapter of nothing': (answers('adapter_config.json', '{}'), "KeyError: 'peft_type' The adapter is damaged"),
     'an adapter in brackets': (answers('adapter_config.json', DEEP), 'adapter_config.json cannot be read as JSON'),
     'an adapter without weights': (without_adapter, 'holds no adapter weights: neither adapter_model.safetensors nor'),
+    'resuming from a run that is gone': (
+        lambda w: w.sft('--resume_from_checkpoint', w.tmp / 'gone' / 'v0-1' / 'checkpoint-5'), 'is not a directory. ',
+    ),
     'resuming from a folder': (lambda w: w.sft('--resume_from_checkpoint', w.tmp), 'it has no trainer_state.json.'),
     'resuming from a run folder': (
         lambda w: w.sft('--resume_from_checkpoint', w.run()), 'It is a run folder: give ',

@@ -44,7 +44,7 @@ def held_folder(folder: Path) -> Iterator[None]:
     """Hold the lock on a folder while the body runs, so that `is_held` is True for every process of this machine.
 
     If the process dies, the system releases the lock. Nothing is held on Windows, on file systems that have no locks
-    for folders, and if another process holds the lock.
+    for folders, and if another process does not release the lock within half a second.
     """
     handle = _lock_or_give_up(folder)
     if handle is None:
@@ -94,13 +94,17 @@ def _lock_folder(folder: Path, *, shared: bool = False) -> int | None:
     """Lock a folder, and return its open file descriptor. Closing the descriptor releases the lock.
 
     By default, the lock is exclusive: BlockingIOError is raised if the folder has any other lock. With `shared`,
-    BlockingIOError is raised only if the folder has an exclusive lock. Returns None if folders cannot be locked here.
+    BlockingIOError is raised only if the folder has an exclusive lock. Returns None if the folder cannot be opened,
+    or if folders cannot be locked here.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
     try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
