@@ -41,8 +41,8 @@ class Findings(Tally):
     def add(self, reason: str, place: str, column: str = '', of: str = '', row: str = '') -> None:
         """Count the row at the location `place`, and write a line about it to the file of findings.
 
-        `column` is the column with the problem, or '' for the whole row. If another row has the same content or the
-        same prompt, `of` is the location of the other row.
+        `column` is the column with the problem. It is '' for the whole row, or if the column is not known. If another
+        row has the same content or the same prompt, `of` is the location of the other row.
 
         If `row` is given, this location is added to `found` instead of `place`. This is needed if a training row equals
         an earlier validation row: `place` is the validation row, and `row` is the training row.

@@ -42,7 +42,7 @@ class Seen:
     def find_earlier(self, content: str, row: SeenRow) -> SeenRow | None:
         """Return the stored row that has the same content as `row`. If there is none, store `row` and return None.
 
-        `content` is the content of `row` as text.
+        `content` is the content of `row`, or of its prompt alone, as text.
 
         The call may change the stored row, but returns its old values. The stored `place` and `use` become those of
         `row` if `row` has the higher priority: TRAIN before VAL before UNUSED. The stored `can_copy` becomes True if

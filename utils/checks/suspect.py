@@ -1,4 +1,4 @@
-"""Signs of a defect that a row shows by itself: damaged text, and roles in a wrong order."""
+"""Signs of a defect that a row shows by itself: damaged text, control tokens, empty replies, a wrong order of roles."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def text_columns(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def is_mojibake(text: str) -> bool:
-    """Return whether a text has UTF-8 characters that were read as another encoding, such as `Ã©` for `é`."""
+    """Return whether a text seems to have UTF-8 characters that were read as another encoding, such as `Ã©` for `é`."""
     return _MOJIBAKE.search(text) is not None
 
 
@@ -61,6 +61,6 @@ def wrong_order(messages: Sequence[Message]) -> str | None:
 
 
 def has_empty_earlier_reply(row: Row) -> bool:
-    """Return whether a reply before the last message is empty and calls no tool."""
+    """Return whether a reply before the last message has no content and calls no tool."""
     earlier = (m for m in row.messages[:-1] if m['role'] == 'assistant' and 'tool_calls' not in m)
     return any(not message['content'].strip() for message in earlier)

@@ -423,8 +423,8 @@ class InferArguments(CommonArguments):
     def answers_whole_dataset(self, typed: Collection[str]) -> bool:
         """Return whether all rows of --dataset are answered, instead of the rows that a run would hold out.
 
-        This is so if --dataset was typed, and neither --dataset_test_ratio nor --val_dataset was typed. If a data set
-        has a validation split, 'all rows' means all rows of this split.
+        This is so if `reads_data` is True, --dataset was typed, and neither --dataset_test_ratio nor --val_dataset was
+        typed. If a data set has a validation split, 'all rows' means all rows of this split.
         """
         others = {'dataset_test_ratio', 'val_dataset'}
         return self.reads_data and 'dataset' in typed and not others & set(typed)

@@ -1,4 +1,4 @@
-"""Converts the rows of a file or data set to conversations. The first row decides the format of all rows."""
+"""Converts the rows of a file or data set to conversations. The first row limits the formats of the other rows."""
 
 from __future__ import annotations
 
@@ -37,14 +37,16 @@ def converted(
     """Convert the rows of a data set, and yield (location, columns, conversation) for each row.
 
     The columns of a row decide its format. If a row cannot be converted, a BadRow is yielded instead of the
-    conversation. Raises ConfigError if the format of the first row is unknown or not clear.
+    conversation. Raises ConfigError if the format of the first row is unknown or not clear, or if --columns gives two
+    columns of a row the same name.
 
     A row may have a different format than the first row. But it is a BadRow if it has a column that the first format
     requires, because it may be an incomplete row of the first format. It is also a BadRow if only one of the two
     formats is plain text.
 
-    If the name of a column in the first row is a known name with capital letters or spaces, such as 'Query ', the
-    column is read as 'query'. In this case, `remark` is called with a text for the log.
+    If the columns of the first row fit a format only without capital letters and outer spaces, they are renamed in all
+    rows. For example, 'Query ' is read as 'query'. `remark` is called with a text for the log if columns are renamed in
+    this way, and once for each format that differs from the first format.
 
     `name` is the name of the data set or file in messages. Relative paths of images start in `folder`. The columns of
     the first row are added to `seen`, and also all columns that --columns renames. `of_function` says whether the rows
@@ -85,7 +87,7 @@ class _Conversion:
     others: list[Converter] = field(default_factory=list)
 
     def convert(self, location: str, written: dict[str, Any]) -> ReadRow:
-        """Return (location, columns, conversation). Raises ConfigError if no converter fits the first row."""
+        """Return (location, columns, conversation or BadRow). Raises ConfigError in the same cases as `converted`."""
         raw = self.reading.renamed(written, location)
         if self.first is None:
             self._tidy(raw, written)
@@ -186,5 +188,5 @@ def row_notes(row: Row) -> list[str]:
 
 
 def unused_note(name: str) -> str:
-    """Return the note about a column or key that is not used, for example 'column `id`'."""
+    """Return the note that a column or key is not used. For 'column `id`', it is 'column `id` is not used'."""
     return f'{name} is not used'

@@ -64,7 +64,7 @@ class UsedRow(NamedTuple):
 class EncodedAgain:
     """Converts and encodes a row a second time, with other values in some columns.
 
-    utils/encode/marker_search.py compares both results, to find out where each text of the row is printed.
+    utils/encode/marker_search.py compares both results, to find the texts whose position is not certain.
     """
 
     def __init__(self, encoder: Encoder) -> None:

@@ -1,4 +1,4 @@
-"""Opens the data sets that --dataset names: files of this machine, files of a hub, and entries of DATASET_MAPPING."""
+"""Opens the data sets of --dataset and --val_dataset: local files, files of a hub, and entries of DATASET_MAPPING."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def read_rows_at(
         placed: list[tuple[str, dict[str, Any] | BadRow]] = []
         count = 0
         for place, raw in read_rows(file, known=known, text_rows=reading.text_rows):
-            # The first row of a file is always kept: it decides how all rows of the file are converted.
+            # The first row of a file is always kept: the conversion of all other rows of the file depends on it.
             if count == 0 or start + count in positions:
                 placed.append((place, raw))
             count += 1

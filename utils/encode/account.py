@@ -68,8 +68,8 @@ class Account:
     def add(self, row: Row, encoded: Encoded, again: Again) -> None:
         """Count the characters of an encoded row by kind of text and outcome.
 
-        If the position of a text in the rendered row is not certain, `again` encodes the row once more, with a marker
-        (a made-up word) in place of this text.
+        If the position of a text in the rendered row is not certain, `again` encodes the row again, with a marker (a
+        made-up word) in place of this text.
         """
         rendered = SearchedText(encoded)
         results = list(search_texts(row, encoded, rendered))

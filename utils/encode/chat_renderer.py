@@ -56,7 +56,7 @@ class ChatRenderer:
         return str(self.apply(list(messages), tools, prompt, settings))
 
     def try_render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **options: Any) -> str:
-        """Return the rendering of a chat, or '' if the template refuses the chat."""
+        """Return the rendering of a chat, or '' if the template refuses the chat or fails."""
         try:
             return self.render(messages, tools, **options)
         except RowRefused:
@@ -66,7 +66,7 @@ class ChatRenderer:
         """Return the rendering of each chat. If `prompt` is True, each rendering ends with the generation prompt.
 
         Chats without tools and settings share one call, which is faster. Raises RowRefused if the template refuses one
-        of the chats.
+        of the chats, or fails.
         """
         plain = [list(chat.messages) for chat in chats if not (chat.tools or chat.settings)]
         texts = iter(self.apply(plain, None, prompt, NO_SETTINGS) if plain else [])

@@ -70,7 +70,6 @@ class AutoEncoder(Encoder):
         self.chats = RowChats(self.template)
         self.splitter = RowSplitter(self.template)
         self.stop_ids = self.splitter.stop_ids()
-        self.earlier_replies = EarlierReplies(self.template, [*self.stop_ids, tokenizer.eos_token_id])
         self._tails: dict[str, list[int]] = {}
 
     @property
@@ -188,9 +187,11 @@ class AutoEncoder(Encoder):
         not added. If the last reply of a row carries no loss, the span of the last reply is removed. Raises RowRefused
         if no reply of the row is then left with loss.
         """
+        # `embed` may have removed ids from `stop_ids` since the encoder was made.
+        search = EarlierReplies(self.template, [*self.stop_ids, self.tokenizer.eos_token_id])
         found: list[_Earlier] = []
         for index, row in enumerate(rows):
-            spans, are_all_printed = self._find_earlier(row, rendered[index])
+            spans, are_all_printed = self._find_earlier(search, row, rendered[index])
             found += [_Earlier(index, start, end) for start, end in spans]
             if not are_all_printed:
                 encoded[index].notes.append(EARLIER_CHANGED)
@@ -208,7 +209,9 @@ class AutoEncoder(Encoder):
             if row.messages[-1].get('loss') is False:
                 encoded[index] = without_last(encoded[index])
 
-    def _find_earlier(self, row: Row, rendered: RenderedRow) -> tuple[list[tuple[int, int]], bool]:
+    def _find_earlier(
+        self, search: EarlierReplies, row: Row, rendered: RenderedRow
+    ) -> tuple[list[tuple[int, int]], bool]:
         """Return (spans of the earlier replies that carry loss, whether each of these replies has a span).
 
         A span is (start, end) in the text of the prompt. A reply that the template leaves out of the prompt has no
@@ -220,7 +223,7 @@ class AutoEncoder(Encoder):
         are_all_printed = True
         for index, message in enumerate(row.messages[:-1]):
             if self.carries_loss(message, row):
-                spans = self.earlier_replies.find(rendered, index + shift)
+                spans = search.find(rendered, index + shift)
                 found += spans
                 are_all_printed &= bool(spans)
         return found, are_all_printed
@@ -236,7 +239,7 @@ def _add_span(row: Encoded, *, until_start: list[int], until_end: list[int]) -> 
     """Add the span of an earlier reply to an encoded row, and a note if a token spans its start or its end.
 
     `until_start` has the ids of the prompt up to the start of the reply, `until_end` those up to its end, each
-    tokenised alone. A token that spans the start carries no loss.
+    tokenised alone. A token that spans the start or the end carries no loss. If no token is left, no span is added.
     """
     start = common_length(until_start, row.input_ids)
     end = common_length(until_end, row.input_ids)

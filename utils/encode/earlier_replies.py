@@ -21,15 +21,16 @@ class EarlierReplies:
     """Finds earlier replies in the prompts that one chat template renders."""
 
     def __init__(self, template: TemplateProperties, ends: Collection[int]) -> None:
-        """Set up the search. `ends` are the ids of the tokens at which generation stops."""
+        """Set up the search. `ends` are the ids of the tokens that end a turn."""
         self.template = template
         self.text = template.text
         self.ends = frozenset(ends)
 
     def find(self, rendered: RenderedRow, index: int) -> list[tuple[int, int]]:
-        """Return the spans of the prompt in which an earlier reply is printed. `index` is the index of its message.
+        """Return the spans of the prompt in which an earlier reply is printed.
 
-        Each span includes the end of turn. The list is empty if the template does not print the reply.
+        `index` is the index of its message in `rendered.chat`. Each span includes the end of turn, if one is found. The
+        list is empty if the template does not print the reply, or refuses the chat with a changed reply.
 
         A reply with tool calls has two spans if the template prints its text only after the results of the calls.
         """
@@ -82,7 +83,7 @@ class EarlierReplies:
         return start if is_own else len(prompt)
 
     def _stops(self, marker: str) -> bool:
-        """Return whether generation stops at this control token."""
+        """Return whether this control token ends a turn."""
         return self.text.control_ids[marker] in self.ends
 
     def _find_printed(self, rendered: RenderedRow, index: int, other: Message) -> tuple[int, int] | None:

@@ -210,8 +210,8 @@ class Encoder:
     def image_paths(self, row: Row) -> tuple[str, ...]:
         """Return the paths of a row's images, in the order of their positions in the ids.
 
-        A relative path is joined to the folder of the row. Without a vision tower, the result is empty. Raises
-        RowRefused as `open_images` does.
+        A relative path is joined to the folder of the row. If images are not supported for the model, the result is
+        empty. Raises RowRefused as `open_images` does.
         """
         return tuple(path for path, _ in self.open_images(row)[1])
 
@@ -221,9 +221,8 @@ class Encoder:
         The images are a list of (path, number of features). Each of these tags is replaced by the placeholder
         `self.text.image`, a text that no data can contain.
 
-        If the row is plain text, or the model has no vision tower (`self.images` is None), the row is returned
-        unchanged, with an empty list. Raises RowRefused if an image cannot be used, or if the row needs a vision tower
-        and the model has none (see open_images_of).
+        If the row is plain text, or images are not supported for the model (`self.images` is None), the row is returned
+        unchanged, with an empty list. Raises RowRefused if the images of the row cannot be used (see open_images_of).
         """
         if row.is_text:
             return row, []

@@ -20,7 +20,7 @@ from utils.formats.conversation import Row
 
 # Templates print these words for any row.
 _ROLES = ('system', 'user', 'assistant', 'tool')
-# If the texts of a row cannot be searched together, at most this number of texts is searched one by one.
+# The maximum number of texts of a row that are searched one by one, because they cannot be searched together.
 _MOST_ALONE = 16
 
 # A function that replaces the texts at the given paths of a row, encodes the row, and returns the pieces of its
@@ -42,8 +42,8 @@ class Again(Protocol):
 def correct_positions(results: list[SearchResult], rendered: SearchedText, row: Row, again: Again) -> None:
     """Correct the results whose position in the rendered row may be wrong. The list `results` is changed.
 
-    `again` encodes `row` once more, with a marker in place of the text of each of these results. The position of a
-    marker is the position of its text.
+    `again` encodes `row` with a marker in place of the text of each of these results, several times if needed. The
+    position of a marker is the position of its text. If this fails, a result is left unchanged.
     """
     # A text that equals one of these words may be found where the template prints the word.
     printed = '\n'.join([again.printed, *_ROLES, *other_words(row.written)])
@@ -56,7 +56,8 @@ def _doubtful(results: Sequence[SearchResult], rendered: SearchedText, printed: 
     """Return the indices of the results whose position may be wrong, in ascending order.
 
     A position may be wrong if the text occurs several times in the rendered row, overlaps another text, was found only
-    in parts or where it is not expected (`is_elsewhere`), or occurs in `printed`. Roles, types and images are left out.
+    in parts or where it is not expected (`is_elsewhere`), or occurs in `printed`. Roles, types, images, empty texts and
+    texts that are never printed are left out.
 
     `printed` has texts that the template may print in addition to the texts of the row.
     """
@@ -106,12 +107,12 @@ def _search_with_markers(
 ) -> None:
     """Correct the positions of the texts in `results` whose indices are in `doubtful`.
 
-    The row is rendered again, with a marker (a made-up word) in place of each of these texts. The position of a marker
-    is the position of its text. If a marker is not printed, its text counts as not used.
+    The row is rendered again, with a marker (a made-up word) in place of each of these texts that was found as a whole.
+    The position of a marker is the position of its text. If a marker is not printed, its text counts as not used.
 
     This fails if the template refuses the changed row, or if the two renderings of the row differ anywhere except at
-    the markers. Then the first _MOST_ALONE of these texts are tried one by one. If this fails too for a text, its old
-    position is kept.
+    the markers. Then these texts are tried one by one. Texts that were found only in parts are always tried one by one.
+    At most _MOST_ALONE texts are tried so. If this fails too for a text, its old position is kept.
     """
     whole = [number for number in doubtful if results[number].at is not None]
     marks = {number: _marker(number) for number in whole}
@@ -132,7 +133,7 @@ def _search_with_markers(
     if spans is not None:
         for number in whole:
             _store_position(results, number, spans[shared[number]], rendered)
-    # If all texts could not be searched together, they are searched one by one.
+    # Texts that could not be searched together, or that were found only in parts, are searched one by one.
     alone = doubtful if spans is None else [number for number in doubtful if number not in marks]
     for number in alone[:_MOST_ALONE]:
         found = _find_markers(results, {number: _marker(number)}, rendered, render)

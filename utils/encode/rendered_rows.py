@@ -25,10 +25,10 @@ from utils.formats.conversation import Message
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class RenderedRow:
-    """A row as the template renders it. Its text is prompt + reply + rest.
+    """A row as text, made with the renderings of the template. The whole text is prompt + reply + rest.
 
-    `reply` is the last reply. If the template prints an end-of-turn token, `reply` includes this token, and `rest` is
-    what the template prints after it.
+    `reply` is the last reply. If the template would change a text reply, it is as written in the row. If the template
+    prints an end-of-turn token, `reply` includes this token, and `rest` is what the template prints after it.
     """
 
     chat: Chat
@@ -93,7 +93,10 @@ class RowSplitter:
         return RenderedRow(chat=chat, prompt=prompt, reply=reply, rest=rest, end=end, guarded=made.guarded, notes=notes)
 
     def _reply_and_end(self, made: RowChat, prompt: str, full: str) -> str:
-        """Return the text after the prompt: the last reply and what follows it, with the reply as it is in the row.
+        """Return the text after the prompt: the last reply and what follows it.
+
+        If the template would change the content of a reply, the reply is as written in the row. But a reply with tool
+        calls is always as the template prints it, apart from its think block.
 
         Raises RowRefused if the reply cannot follow the prompt.
         """
@@ -233,7 +236,7 @@ class RowSplitter:
         """Return the match of the token that ends the turn after a text reply, or None if `markers` is empty.
 
         `markers` are the control tokens after the reply. If the template prints the end-of-sequence token after each
-        turn, and `markers` has this token, the result is its match. Otherwise it is the first marker.
+        reply, and `markers` has this token, the result is its match. Otherwise it is the first marker.
         """
         eos = self.template.tokenizer.eos_token
         # Some templates, such as Cohere's, print another control token before the end-of-sequence token.

@@ -31,9 +31,10 @@ class RowChat:
     # Whether stand-ins replace control tokens in the data of the row (see guarded_tokenizer.py).
     guarded: bool
     notes: list[str]
-    # Whether the reply has reasoning that the template can print.
+    # Whether the reply has reasoning that the template can print. If the reply is not known: whether it is to think.
     has_reasoning: bool
-    # The reasoning in its own key, or '', and the message key under which it is in `chat`, or None.
+    # Only `RowChats.whole` sets the following fields.
+    # The reasoning in its own key, or '', and the message key from which the template prints reasoning, or None.
     reasoning: str = ''
     key: str | None = None
     # The think block to insert before the tool calls of the reply, or ''.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from utils.formats.json_text import JsonParser, json_as_written
 
-# The kind of a text that templates print in their own words, such as a role.
+# The kind of a text that says how the row is printed or trained, such as a role. It is not searched.
 STRUCTURE = 'structure'
 
 _TEXTS = {
@@ -20,10 +20,9 @@ _REASONING = ('reasoning_content', 'reasoning', 'thinking')
 _CALLS = ('tool_calls', 'function_call')
 _IDENTITIES = ('name', 'id', 'tool_call_id')
 _MARKS = ('weight', 'loss', 'train')
-_EVERYWHERE = ('system', 'tools', 'functions', 'images')
-# Keys of a tool whose values decide how the tool is printed. Few templates print these values.
+# Keys of a tool whose values decide how the tool is printed. Some templates print these values in other words.
 _OF_SCHEMAS = ('type', 'required')
-# The columns of each row format. The first format whose columns the row has is used.
+# The columns of each row format. The first two columns are required. The first format that fits the row is used.
 _SHAPES: tuple[tuple[str, ...], ...] = (
     ('messages',),
     ('conversations',),
@@ -55,7 +54,8 @@ class RowText(NamedTuple):
     name: str
     text: str
     turn: int
-    # One of 'text', 'identity' (a name or id), 'structure' (e.g. a role), 'image' and 'never' (never printed).
+    # One of 'text', 'identity' (the name or an id of a message, or the id of a tool call), 'structure' (e.g. a role),
+    # 'image' and 'never' (never printed).
     kind: str = 'text'
     # The keys and indices that lead to the text in the row. If a value on this path is JSON text, the path continues in
     # the parsed value.

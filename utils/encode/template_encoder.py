@@ -89,7 +89,8 @@ class TemplateEncoder(Encoder):
 
         `is_guarded` is True if a message contains the text of a control token, such as <|im_end|>. It is also True if
         `self.system` contains such a text and the template prints `self.system`. If `is_guarded` is True,
-        TextTokenizer.guard has replaced the control tokens of messages and system text by random texts.
+        TextTokenizer.guard has replaced the control tokens of messages and system text by random texts. Think tags in
+        replies do not count, and are not replaced.
 
         Raises ConfigError if the template has no form for the turns of the row.
         """

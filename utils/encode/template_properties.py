@@ -42,8 +42,8 @@ class Frame(NamedTuple):
     `lead` is the text just before the reply, for example an empty think block. `end` is the text after the reply, for
     example the end-of-turn token.
 
-    Some templates leave out the end of the generation prompt if a reply follows. `prompt_only` is this end, for example
-    '<think>'. For other templates, it is ''.
+    Some templates leave out or change the end of the generation prompt if a reply follows. `prompt_only` is this end,
+    for example '<think>'. For other templates, it is ''.
     """
 
     lead: str
@@ -80,7 +80,7 @@ class TemplateProperties:
     why_closed: str
     # The control tokens that begin a turn.
     openers: frozenset[str]
-    # Whether the end-of-sequence token ends each turn.
+    # Whether the template prints the end-of-sequence token after each reply.
     eos_ends_turns: bool
     # Whether the turn is a call -> the control token that begins the next turn. If the template prints no end of
     # turn, this token is used as the end of turn.
@@ -119,7 +119,7 @@ class TemplateProperties:
         self.next_token = {is_call: self._find_next_token(is_call=is_call) for is_call in (False, True)}
 
     def after_call(self) -> str | None:
-        """Return what the template prints after the name of a tool call, or None if it does not print the call."""
+        """Return the name of a tool call and what the template prints after it, or None if no call is printed."""
         name, tool = self._probe_tool()
         if not any(self.says_calls.values()):
             return None

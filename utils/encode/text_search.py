@@ -2,11 +2,11 @@
 
 The outcome says what happened to a character:
 * `trained`: it carries loss.
-* `context`: it is in the rendered row, but carries no loss.
+* `context`: it is in the rendered row, but carries no loss. The path of an image that the model sees counts too.
 * `cut`: it was removed by the cut to max_length.
 * `trimmed`: it is whitespace around a text or a line, and has no other outcome.
-* `structure`: it belongs to a role or type, which is not searched, or to a tag that is not found.
-* `not used`: it is not found in the rendered row, or conversion drops its column.
+* `structure`: it belongs to a role, type or similar text, which is not searched, or to a tag that is not found.
+* `not used`: it is not found in the rendered row, or conversion drops its column or key.
 
 The search may find a wrong position, for example if the text is `a`, or is a name that is also a role
 (see marker_search.py).
@@ -117,14 +117,16 @@ class SearchResult(NamedTuple):
 
     The rendered row is what the template prints for the row. `counts` has the number of characters for each outcome
     (see the head of the module), for example {'context': 9, 'trimmed': 2}. `at` is the (start, end) of the text in the
-    rendered row. If the whole text was not found, `at` is None. `start` is the position at which the search began.
+    rendered row. If the whole text was not found or not searched, `at` is None. `start` is the position at which the
+    search began.
     """
 
     row_text: RowText
     counts: dict[str, int]
     at: Span | None = None
     start: int = 0
-    # Whether the text was found only before `start`, or only in a span in which a different text was already found.
+    # Whether the text was found only before `start`, or only in a span in which a different text was already found. If
+    # `at` is None, this value has no meaning.
     is_elsewhere: bool = False
 
 

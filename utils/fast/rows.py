@@ -71,8 +71,9 @@ class BlockGroup(NamedTuple):
         `padded_ND` [vectors, width] has one vector for each pair of a query and a query head, for the blocks of all
         groups. Padded queries are included. The order is (group, block, key head, query head of this key head, query).
 
-        `heads` is the number of key heads. `repeats` is the number of query heads that share one key head. The view has
-        the shape [blocks of this group * heads, repeats * self.queries, width].
+        `heads` is the number of key heads. `repeats` is the number of query heads that share one key head. It is 1 if
+        `padded_ND` has only one vector for each pair of a query and a key head. The view has the shape
+        [blocks of this group * heads, repeats * self.queries, width].
         """
         start = self.first * heads * repeats
         part_ND = padded_ND[start : start + len(self.blocks) * heads * repeats * self.queries]

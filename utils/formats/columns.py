@@ -70,7 +70,7 @@ def _chat(row: Mapping[str, Any], messages: list[Message], remarks: Remarks, *co
 
 
 def _rating(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return ('label',) if the cell in the column `label` is True. Otherwise, return ().
+    """Return ('label',) if the cell in the column `label` is True or the text 'true'. Otherwise, return ().
 
     In KTO data, this column rates the reply with true or false. Raises BadRow if the rating is false, because training
     on the row would teach a bad reply.
@@ -202,7 +202,7 @@ KNOWN_SHAPES = (
     + ', text; tools and images are optional'
 )
 _NEEDED = [column for needed, _ in (*SHAPES, *OTHER_SHAPES) for column in needed]
-# Every column name that some format reads.
+# Every column name from which some format reads a part of the conversation.
 KNOWN_COLUMNS = tuple(dict.fromkeys([*_NEEDED, *_OPTIONAL, *_EVERYWHERE]))
 # The columns that have the reply in some format.
 REPLY_COLUMNS = tuple(dict.fromkeys(needed[-1] for needed, _ in (*SHAPES, *OTHER_SHAPES)))

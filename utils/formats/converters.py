@@ -150,9 +150,9 @@ def agent(plugin: str) -> ToRow:
     The first turn is a system text that lists plugins. `plugin` is a regular expression that finds the names of the
     plugins in the system text.
 
-    If the cell cannot be read as a list of turns, or if the last turn is empty, the converter returns None. If the
-    system text names fewer than two different plugins, the converter raises Unwanted. It also raises Unwanted if the
-    other turns are not pairs of a user turn and an assistant turn.
+    If the cell cannot be read as a list of turns, if no turn follows the system text, or if the last turn is empty, the
+    converter returns None. If the system text names fewer than two different plugins, the converter raises Unwanted. It
+    also raises Unwanted if the other turns are not pairs of a user turn and an assistant turn.
     """
     pattern = re.compile(plugin)
 

@@ -67,7 +67,7 @@ _MARKED = 'assay_marked'
 def _mark(error: UnicodeError) -> tuple[str | bytes, int]:
     """Return a replacement for an invalid character, and the position after it. UTF-8 cannot contain the replacement.
 
-    An invalid character is a number beyond Unicode, which UTF-32 can contain.
+    An invalid character is half of a character (a lone surrogate), or in UTF-32 also a number beyond Unicode.
     """
     try:
         return codecs.lookup_error('surrogatepass')(error)
@@ -79,7 +79,7 @@ class _Converted(io.RawIOBase):
     """A stream that converts text in UTF-16 or UTF-32 to UTF-8.
 
     An incomplete or invalid character becomes bytes that are not UTF-8. So the reader reports the line that has it, and
-    reads all other lines.
+    can read the other lines.
     """
 
     def __init__(self, stream: Any, encoding: str) -> None:

@@ -1,4 +1,4 @@
-"""Converts the turns of a row (`messages`, `conversations`) to messages."""
+"""Converts the turns in a column, such as `messages` or `conversations`, to messages."""
 
 from __future__ import annotations
 

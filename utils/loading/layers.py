@@ -163,10 +163,12 @@ def choose_layers(
 ) -> tuple[list[str], list[str]]:
     """Return two lists: the targets for PEFT that `wanted` selects, and the words of `wanted` that select no layer.
 
-    `wanted` are values of --lora_target_modules: layer names, `all-linear`, or patterns such as 're:.*_proj'. `paths`
-    are the paths of the model's linear layers. A target is the path of one layer, or the end of a path, which selects
-    all layers with this end. `taken` has the layer names that `taken_for_experts` returns. Only a layer name can select
-    layers with these names.
+    `wanted` are values of --lora_target_modules: names, paths or ends of paths of layers, `all-linear`, or patterns
+    such as 're:.*_proj'. `paths` are the paths of the model's linear layers. A target is the path of one layer, or the
+    end of a path, which selects all layers with this end.
+
+    `taken` has the layer names that `taken_for_experts` returns. `all-linear` and patterns never select layers with
+    these names.
     """
     names = Counter(map(last_name, paths))
     chosen: list[str] = []

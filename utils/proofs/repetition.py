@@ -51,8 +51,8 @@ class Difference:
 def verify(trainer: SftTrainer, args: SftArguments, run: Run, *, steps: int) -> int:
     """Repeat about `steps` steps of the run in --from_run, print the result, and return the exit code.
 
-    The repetition ends at the last step with a log line among the first `steps` steps. If none of these steps has a log
-    line, it ends at the first later step with a log line.
+    The repetition ends at the first value that differs. If all values are equal, it ends at the last step with a log
+    line among the first `steps` steps. If none of these steps has a log line, it ends at the first later step with one.
 
     The exit code is 0 if all values are equal, and 1 if a value differs. Raises ConfigError if the run has no log
     lines, and Stopped if a signal ends the repetition.

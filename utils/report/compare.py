@@ -13,11 +13,10 @@ from utils.run.read_back import RunFiles, read_run
 
 # The results that are compared, in their order, after the metrics of the last evaluation.
 _RESULTS = ('train_loss', 'steps', 'train_tokens_per_second', 'peak_memory_gib', 'seconds')
-# Names with these ends say how long an evaluation took. The values are not compared, because they are different in
-# every run.
+# Names with these ends say how long an evaluation took. The values are not compared, because they differ in every run.
 _TIMINGS = ('_runtime', '_per_second')
 
-# Names of other values that are not compared, because they are different in every run.
+# Names of other values that are not compared. They hold paths and messages of the run.
 _NOT_COMPARED = {'output_dir', 'resume_from_checkpoint', 'best_checkpoint', 'decisions', 'warnings'}
 
 Change = tuple[str, Any, Any]
@@ -26,7 +25,7 @@ Change = tuple[str, Any, Any]
 def _flat(value: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     """Return the values of a nested dict as a flat dict, for example {'a': {'b': 1}} as {'a.b': 1}.
 
-    Values that are different in every run, such as `output_dir`, are left out.
+    The values in _NOT_COMPARED, such as `output_dir`, are left out.
     """
     flat: dict[str, Any] = {}
     for key, item in value.items():

@@ -134,7 +134,8 @@ def removed_at_end(folder: Path, *, removes: bool) -> Iterator[None]:
 def in_progress(folder: Path) -> Iterator[None]:
     """A context in which other commands see that the run in this folder is being trained.
 
-    The main process holds a lock on the folder. If the process dies, the system releases the lock.
+    The main process holds a lock on the folder. If the process dies, the system releases the lock. On some systems,
+    there is no lock (see `held_folder`).
     """
     with held_folder(folder) if dist.is_main() else contextlib.nullcontext():
         yield

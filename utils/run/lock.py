@@ -220,7 +220,9 @@ def steps_to_verify(parsed: Parsed[SftArguments]) -> int:
 
 
 def _with_kept_files(command: Sequence[str], run_dir: Path, parsed: Parsed[SftArguments]) -> list[str]:
-    """Return `command` with --chat_template and --new_tokens set to the copies in `run_dir`, if the copies exist.
+    """Return `command` with the files of --chat_template and --new_tokens replaced by their copies in `run_dir`.
+
+    A file is replaced only if `command` has the flag and the copy exists.
 
     `command` is the command of the run in --from_run, and `run_dir` is its folder. The original files may have been
     moved or changed since that run. The copy of the template includes --template_settings.

@@ -306,8 +306,11 @@ class Checkpoints:
         Without DeepSpeed, learning rate, weight decay, betas and epsilon come from the flags of this run, not from the
         checkpoint.
 
-        Also restores the timetable of --max_minutes. If the kind of device has not changed, also restores
-        `trainer.capacity`, the number of tokens up to which the micro-batches of a step are joined into larger ones.
+        Also restores the timetable of --max_minutes.
+
+        Also restores `trainer.capacity`, the number of tokens up to which the micro-batches of a step are joined into
+        larger ones. This is done only outside of the first-step trial, if the kind of device has not changed, and if
+        both the earlier run and this run join micro-batches.
         """
         trainer = self.trainer
         tree = load_tree(checkpoint / OPTIMIZER_STATE)

@@ -25,8 +25,8 @@ class RowLosses(TrainerCallback):
     With a new LoRA adapter, the losses before training are computed at the end, with the adapter switched off.
 
     With --sft_type full or with --adapter (`from_adapter`), the losses before training are computed before the first
-    step. The adapter of --adapter is switched on. A run that resumes from a checkpoint cannot compute these losses, so
-    it reads them from the folder of the run that wrote the checkpoint.
+    step. The adapter of --adapter is switched on. If such a run resumes from a checkpoint, it cannot compute these
+    losses, so it reads them from the folder of the run that wrote the checkpoint.
 
     The losses after training are those of the last evaluation, so they are not computed again.
     """

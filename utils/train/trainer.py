@@ -415,7 +415,7 @@ class SftTrainer(Seq2SeqTrainer):
     def sums_by_row(self, rows: EncodedRows) -> Any:
         """Return (N, 3) for N rows: summed loss, hits (correctly predicted tokens) and trained tokens of each row.
 
-        Raises EvaluationCutError if a stop signal arrives while the training is not complete.
+        Raises EvaluationCutError if a stop signal arrives before the last planned step (`max_steps`) is complete.
         """
         self.gather_function = self.accelerator.gather_for_metrics
         loader = self.get_eval_dataloader(rows)
